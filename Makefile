@@ -200,7 +200,7 @@ docs:
 	    $(PYTHON) -m venv .venv-docs && .venv-docs/bin/pip install --quiet \
 	        --disable-pip-version-check -c constraints.txt mkdocs pygments markdown-it-py; }
 	@echo "==> the site, in site/"
-	@.venv-docs/bin/python tests/docs_check.py site
+	@PYTHONPATH=. .venv-docs/bin/python tests/docs_check.py site
 
 test-pythons:
 	@found=$$(for python in $(PYTHONS); do \

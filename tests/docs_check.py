@@ -13,6 +13,7 @@ The exit status is 0 if all of this holds.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -22,12 +23,9 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from docs_site import BESIDE_DOCS, ROOT
 
-from docs_site import BESIDE_DOCS
-
-_COUNTED = frozenset("h1 h2 h3 h4 h5 ul ol li table tr th td pre img strong em".split())
+_COUNTED = re.compile(r"h[1-5]|ul|ol|li|table|t[rhd]|pre|img|strong|em")
 _LOADED = {"script": "src", "link": "href", "img": "src", "iframe": "src"}
 _FOREIGN = ("http:", "https:", "//")
 
@@ -53,7 +51,7 @@ class _Counts(HTMLParser):
             return
         if tag == "div":
             self._depth += 1
-        if tag in _COUNTED:
+        if _COUNTED.fullmatch(tag):
             self.counts[tag] += 1
 
     def handle_endtag(self, tag: str) -> None:
@@ -81,7 +79,7 @@ def differences(site: Path) -> Iterator[str]:
         expected.feed(commonmark.render(source.read_text()))
         found.feed(page.read_text())
         name = source.relative_to(ROOT)
-        for tag in sorted(_COUNTED):
+        for tag in sorted({*expected.counts, *found.counts}):
             if expected.counts[tag] != found.counts[tag]:
                 counts = f"{found.counts[tag]} <{tag}>, and CommonMark has {expected.counts[tag]}"
                 yield f"{name}: the site has {counts}"

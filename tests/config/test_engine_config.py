@@ -60,6 +60,7 @@ NAMES_AND_DEFAULTS = {
     "stall_timeout_s": 60.0,
     "uvicorn_log_level": "info",
     "log_level": "INFO",
+    "log_format": "text",
     "log_procs": None,
     "profile": False,
     "profile_num_batches": 1000,

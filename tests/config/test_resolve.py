@@ -18,6 +18,7 @@ FACTS = ModelFacts(
     path="/models/tiny",
     vocab_size=2048,
     num_layers=64,
+    hidden_size=64,
     num_heads=64,
     num_kv_heads=64,
     intermediate_size=64,

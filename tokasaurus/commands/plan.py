@@ -121,7 +121,7 @@ def _what(question: Question, demand: Demand) -> str:
 
 def _fits(found: dict[Layout, Candidate]) -> str:
     rows = [
-        (str(layout), f"{each.kv_tokens:,}", each.slices.memory_plan.removeprefix("memory: "))
+        (str(layout), f"{each.kv_tokens:,}", each.slices.memory_plan.line.removeprefix("memory: "))
         for layout, each in found.items()
     ]
     return table(("layout", "KV tokens of a replica", "each device"), rows)

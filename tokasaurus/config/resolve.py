@@ -21,6 +21,7 @@ from tokasaurus.config.determinism import check_determinism, plan_determinism
 from tokasaurus.config.devices import choose_device, device_index
 from tokasaurus.config.dtype import choose_dtype
 from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.graphs import check_graphs, graph_sizes
 from tokasaurus.config.limits import Limits, plan_limits, plan_memory
 from tokasaurus.config.memory import Memory
 from tokasaurus.config.slices import (
@@ -110,6 +111,7 @@ def resolve(
     _check_stages(config, facts, problems)
     _check_shares(config, facts, problems)
     _check_access(config, problems)
+    check_graphs(config, device, problems)
     if problems:
         raise ConfigError("\n".join(problems))
     return EngineSlices(
@@ -132,6 +134,7 @@ def resolve(
         profile_path=f"{_data_dir(config)}/profile.json" if config.profile else None,
         profile_num_batches=config.profile_num_batches,
         log_level=config.log_level,
+        log_format=config.log_format,
         log_procs=None
         if config.log_procs is None
         else tuple(_KINDS[name] for name in config.log_procs),
@@ -468,6 +471,8 @@ def _worker(
         max_topk_logprobs=_max_topk(config, facts),
         torch_compile=config.torch_compile,
         torch_compile_config=None if compiling is None else json.dumps(compiling, sort_keys=True),
+        cudagraph_sizes=graph_sizes(config, device, limits.max_seqs),
+        cudagraph_max_tokens=config.cudagraph_max_kv_indices_per_seq * limits.page_size,
         async_tp_threshold=config.async_tp_threshold,
         num_threads=config.cpu_threads,
     )

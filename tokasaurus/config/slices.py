@@ -30,6 +30,7 @@ class ModelFacts:
     path: str  # local directory
     vocab_size: int
     num_layers: int
+    hidden_size: int
     num_heads: int
     num_kv_heads: int
     intermediate_size: int
@@ -219,6 +220,8 @@ class WorkerConfig:
     max_topk_logprobs: int
     torch_compile: bool
     torch_compile_config: str | None  # JSON
+    cudagraph_sizes: tuple[int, ...]  # in rows, ascending; () for none
+    cudagraph_max_tokens: int  # of a sequence in a graph
     # Tokens of a batch from which on products overlap with what ranks exchange; None for none.
     async_tp_threshold: int | None
     num_threads: int | None  # of the CPU backend; None leaves it to torch
@@ -274,6 +277,7 @@ class EngineSlices:
     profile_path: str | None  # of a trace; None for no trace
     profile_num_batches: int
     log_level: str
+    log_format: str  # "text" or "json"
     # Kinds of processes, as roles name them.
     log_procs: tuple[str, ...] | None
     # The kind of the process in the foreground; of several, it is the first.

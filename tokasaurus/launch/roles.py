@@ -72,7 +72,8 @@ def run_role(
     role, slices = assignment.role, assignment.slices
     logged_as = "server" if role.kind == "http" else role.kind
     is_quiet = slices.log_procs is not None and logged_as not in slices.log_procs
-    configure_logging(str(role), "ERROR" if is_quiet else slices.log_level)
+    level = "ERROR" if is_quiet else slices.log_level
+    configure_logging(str(role), level, slices.log_format)
     log.info("process id %d", os.getpid())
     try:
         if role.kind == "server":

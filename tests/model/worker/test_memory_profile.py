@@ -27,21 +27,24 @@ class SimulatedMemory:
         total_bytes: of the device.
         taken_bytes: by weights, libraries and others.
         batch_bytes: of the largest batch.
+        graph_bytes: of recorded graphs.
         runs_out: the largest batch does not fit.
     """
 
     total_bytes: int
     taken_bytes: int
     batch_bytes: int
+    graph_bytes: int = 0
     runs_out: bool = False
     worker: Worker | None = None
     is_measuring: bool = False
+    has_graphs: bool = False
 
     def total(self) -> int:
         return self.total_bytes
 
     def free(self) -> int:
-        return self.total_bytes - self.taken_bytes - self._cache_bytes
+        return self.total_bytes - self.held() - self.has_graphs * self.graph_bytes
 
     def held(self) -> int:
         return self.taken_bytes + self._cache_bytes
@@ -65,6 +68,13 @@ def make_worker(memory, checkpoint, monkeypatch, **fields):
     config = worker_config(checkpoint, max_tokens_per_forward=64, **fields)
     monkeypatch.setattr(worker_module, "open_device_memory", lambda device: memory)
     memory.worker = worker = Worker(config)
+    warmed_up = worker._runner.warmed_up
+
+    def record():
+        memory.has_graphs = True
+        warmed_up()
+
+    monkeypatch.setattr(worker._runner, "warmed_up", record)
     if memory.runs_out:
 
         def run(*_):
@@ -89,7 +99,7 @@ def resized(worker, monkeypatch):
 
 def test_the_cache_gets_what_is_left(checkpoint, monkeypatch):
     for attention in ("reference", "auto"):
-        memory = SimulatedMemory(10 * GIB, 3 * GIB, GIB)
+        memory = SimulatedMemory(11 * GIB, 3 * GIB, GIB, graph_bytes=GIB)
         flags = {"least_pages": 16, "most_pages": 10**9, "attention": attention}
         worker, config = make_worker(memory, checkpoint, monkeypatch, **flags)
         counts = resized(worker, monkeypatch)
@@ -146,7 +156,7 @@ def test_flags_that_do_not_fit_are_refused_with_the_arithmetic(checkpoint, monke
     for part in (
         "the KV cache needs 16777216 tokens, ",
         "of 4.3 GB, 3.2 GB are taken by weights, tables, libraries and other processes",
-        "268.4 MB by the largest batch",
+        "268.4 MB by the largest batch, 0 bytes by graphs",
         "536.9 MB stay free",
         "with kv_cache_num_tokens=auto fits",
         "a lower max_tokens_per_forward, which is 64,",
@@ -173,10 +183,10 @@ def test_all_parts_and_the_cache_add_up_to_the_device():
     rng = np.random.default_rng(0)
     for _ in range(200):
         total = int(rng.integers(1, 200)) * GIB
-        taken, batch, attention = (int(rng.integers(0, total // 3)) for _ in range(3))
-        measured = MeasuredMemory(total, taken, batch, attention, int(rng.integers(1, 1 << 20)))
+        parts = [int(rng.integers(0, total // 4)) for _ in range(4)]
+        measured = MeasuredMemory(total, *parts, token=int(rng.integers(1, 1 << 20)))
         page_size = int(rng.integers(1, 65))
-        used = taken + batch + attention + measured.reserve
+        used = sum(parts) + measured.reserve
         page = page_size * measured.token
         pages = measured.pages(page_size)
         assert measured.reserve >= 0.03 * total - 1

@@ -99,6 +99,9 @@ class ReferenceBackend:
         )
         return ReferenceAttention(self._cache, self._num_heads, rows)
 
+    def graph_plan(self, num_rows: int, page_table: Tensor, max_tokens: int) -> None:
+        """There is none: how often its loops turn follows from the batch."""
+
 
 class ReferenceAttention:
     """Implements ``Attention`` for one batch."""

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokasaurus.model.sampling.slot_names import SlotNames
 from tokasaurus.model.upload import Staged, Staging
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.rounding import ceil_div
@@ -88,13 +89,21 @@ class History:
         max_length: the longest history of one slot.
         num_ids: room for this number of ids in all, besides one block for each slot.
         device: of the ids.
+        names: of the slots' requests, for the log.
     """
 
-    def __init__(self, num_slots: int, max_length: int, num_ids: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        max_length: int,
+        num_ids: int,
+        device: torch.device,
+        names: SlotNames | None = None,
+    ) -> None:
+        self._names = SlotNames() if names is None else names
         self._device = device
-        self._num_slots = num_slots
-        self.resize(num_ids)
         self._blocks: Int32Array = np.zeros((num_slots, ceil_div(max_length, _BLOCK)), np.int32)
+        self.resize(num_ids)
         self.keeps: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self.is_lost: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self.lengths: Int32Array = np.zeros(num_slots, np.int32)
@@ -108,9 +117,10 @@ class History:
 
     def resize(self, num_ids: int) -> None:
         """Makes room for another number of ids. No slot keeps a history yet."""
-        num_blocks = self._num_slots + ceil_div(num_ids, _BLOCK)
+        num_blocks = len(self._blocks) + ceil_div(num_ids, _BLOCK)
         self._memory = torch.zeros(num_blocks, _BLOCK, dtype=torch.int32, device=self._device)
         self._free = list(range(num_blocks))
+        self._blocks[:] = 0  # places without an id lie in the memory, too
 
     def leave(self, slots: Int32Array) -> None:
         """Forgets the histories of these slots, which keep none from now on."""
@@ -238,6 +248,10 @@ class History:
         self.lengths[slot] = 0
 
     def _lose(self, slot: int) -> None:
-        log.warning("no room to remember the tokens of slot %d: its sequence is cut short", slot)
+        log.warning(
+            "no room to remember the tokens of slot %d: its sequence is cut short",
+            slot,
+            extra=self._names.extra(slot),
+        )
         self._drop(slot)
         self.is_lost[slot] = True

@@ -33,6 +33,8 @@ _WITHOUT_EFFECT = frozenset(
         "model_path",  # the digests of the model stand for it
         "trust_remote_code",
         "deterministic",  # without it there are no receipts
+        "cudagraph_sizes",  # on cuda there are no receipts
+        "cudagraph_max_tokens",
         "use_groups",
         "page_size",
         "num_pages",

@@ -2,11 +2,10 @@
 
 ::
 
-    total  │ taken: weights, tables, │ batch: the largest, │ attention:  │ reserve │ KV cache,
-           │ libraries, what others  │ with every sampling │ the longest │         │ history
-           │ have                    │ feature             │ sequences   │         │
-             measured when nothing     measured as it runs   arithmetic    stated
-             runs
+    total  │ taken: weights, │ batch: the largest, │ graphs   │ attention:  │ reserve │ KV cache,
+           │ tables, what    │ with every sampling │          │ the longest │         │ history
+           │ others have     │ feature             │          │ sequences   │         │
+             measured at rest  measured as it runs   measured   arithmetic    stated
 
 Owns the arithmetic, and the words of a refusal. Knows no model: it is told how to run the batches.
 """
@@ -41,6 +40,7 @@ class MeasuredMemory:
         total: of the device.
         taken: when nothing runs and there is no KV cache.
         batch: the most that tensors of a batch hold at a time.
+        graphs: of recorded kernels.
         attention: of a batch with the longest sequences.
         token: of the KV cache and the history, for each position.
     """
@@ -48,6 +48,7 @@ class MeasuredMemory:
     total: int
     taken: int
     batch: int
+    graphs: int
     attention: int
     token: int
 
@@ -59,7 +60,8 @@ class MeasuredMemory:
     @property
     def left(self) -> int:
         """For the KV cache."""
-        return max(0, self.total - self.taken - self.batch - self.attention - self.reserve)
+        used = self.taken + self.batch + self.graphs + self.attention + self.reserve
+        return max(0, self.total - used)
 
     def pages(self, page_size: int) -> int:
         """Pages of the KV cache that fit."""
@@ -69,8 +71,8 @@ class MeasuredMemory:
         return (
             f"of {amount(self.total)}, {amount(self.taken)} are taken by weights, tables, libraries"
             f" and other processes, {amount(self.batch)} by the largest batch,"
-            f" {amount(self.attention)} by attention, and {amount(self.reserve)} stay free;"
-            f" {amount(self.left)} are left for the KV cache"
+            f" {amount(self.graphs)} by graphs, {amount(self.attention)} by attention, and"
+            f" {amount(self.reserve)} stay free; {amount(self.left)} are left for the KV cache"
         )
 
     def why_not(self, config: WorkerConfig, num_pages: int) -> str | None:
@@ -100,6 +102,7 @@ def measure(
     memory: DeviceMemory,
     config: WorkerConfig,
     run: Callable[[], object],
+    record: Callable[[], object],
     *,
     cache_bytes: int,
     attention: int,
@@ -111,6 +114,7 @@ def measure(
         memory: of the device, on which everything but the KV cache is allocated.
         config: of the worker, for errors.
         run: runs the batches to their end.
+        record: records graphs, if there are any. They are still there when this returns.
         cache_bytes: of the small KV cache.
         attention: bytes that attention takes with the longest sequences.
         token: bytes for each position of the KV cache.
@@ -132,11 +136,14 @@ def measure(
         ) from error
     batch = memory.peak() - held
     memory.give_back()
-    total = memory.total()
+    total, free = memory.total(), memory.free()
+    record()
+    memory.give_back()
     return MeasuredMemory(
         total=total,
-        taken=total - memory.free() - cache_bytes,
+        taken=total - free - cache_bytes,
         batch=batch,
+        graphs=free - memory.free(),
         attention=attention,
         token=token,
     )

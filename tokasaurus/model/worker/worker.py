@@ -46,18 +46,21 @@ from tokasaurus.model.placement import Placement
 from tokasaurus.model.sampling.drawing import draw_tokens, give_logits, score_prompts
 from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
+from tokasaurus.model.sampling.slot_names import SlotNames
 from tokasaurus.model.weights.loader import load_model
 from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_for_device
 from tokasaurus.model.worker.controls import Controls
 from tokasaurus.model.worker.determinism import settle_determinism
+from tokasaurus.model.worker.device_graphs import CudaGraphs
 from tokasaurus.model.worker.device_memory import DeviceMemory, open_device_memory
+from tokasaurus.model.worker.graphed_runner import graphed
 from tokasaurus.model.worker.identity import make_identity
 from tokasaurus.model.worker.memory_profile import measure, trial_pages
 from tokasaurus.model.worker.overlapped_runner import OverlappedRunner
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
 from tokasaurus.model.worker.pipeline import Pipeline
 from tokasaurus.model.worker.recorded_runner import RecordedRunner
-from tokasaurus.model.worker.runner import EagerRunner, Runner
+from tokasaurus.model.worker.runner import EagerRunner, LayersRunner, Runner
 from tokasaurus.model.worker.slot_state import HISTORY_BYTES, PlannedBatch, SlotState
 from tokasaurus.model.worker.stage_costs import choose_stage
 from tokasaurus.model.worker.warm_up import warm_up_batches
@@ -140,7 +143,8 @@ class Worker:
         overlap = open_overlap(self.ranks, place.linear, config.async_tp_threshold)
         place = replace(place, parallel=parallel, overlap=overlap)
         vocabulary = load_vocabulary if self.ranks.samples else None
-        self._matchers = Matchers(config.num_slots, self._vocab_size, vocabulary)
+        names = SlotNames()
+        self._matchers = Matchers(config.num_slots, self._vocab_size, vocabulary, names)
         self._model, self.weights, files = load_model(
             config.model_path, model_config, place, config.load_format, stage
         )
@@ -166,7 +170,17 @@ class Worker:
             device=place.device,
         )
         self._backend = backend(self._cache, heads.num_heads, options)
-        self._runner = self._make_runner(heads.num_heads)
+        self._state = SlotState(
+            num_slots=config.num_slots,
+            num_pages=self.num_pages,
+            page_size=config.page_size,
+            max_request_tokens=config.max_request_tokens,
+            vocab_size=self._vocab_size,
+            device=self._device,
+            kernels=sampling,
+            names=names,
+        )
+        self._runner = self._make_runner(heads.num_heads, model_config.hidden_size)
         if overlap is not None:
             self._runner = OverlappedRunner(self._runner, self._model, self._backend, overlap)
         self._controls = Controls(
@@ -180,15 +194,6 @@ class Worker:
             stage,
             WeightsGroups(self.weights, self.ranks, self._device, replica, report),
         )
-        self._state = SlotState(
-            num_slots=config.num_slots,
-            num_pages=self.num_pages,
-            page_size=config.page_size,
-            max_request_tokens=config.max_request_tokens,
-            vocab_size=self._vocab_size,
-            device=self._device,
-            kernels=sampling,
-        )
         self._pipeline = Pipeline(
             self.ranks,
             config.num_slots,
@@ -201,17 +206,37 @@ class Worker:
         self._model_config, self._files, self._linear = model_config, files, place.linear
         log.info("%s", self.determinism_reason)
 
-    def _make_runner(self, num_heads: int) -> Runner:
+    def _make_runner(self, num_heads: int, hidden_size: int) -> Runner:
         config = self._config
         if not config.torch_compile:
             if isinstance(self._backend, CompiledBackend):
                 return RecordedRunner(self._model, self._backend, config.max_tokens_per_forward)
-            return EagerRunner(self._model, self._backend)
+            return self._with_graphs(EagerRunner(self._model, self._backend), hidden_size)
         # To import what compiles takes seconds.
         from tokasaurus.model.worker.compiled_runner import CompiledRunner
 
         options = json.loads(config.torch_compile_config or "{}")
-        return CompiledRunner(self._model, self._backend, num_heads, self._cache.head_dim, options)
+        runner = CompiledRunner(
+            self._model, self._backend, num_heads, self._cache.head_dim, options
+        )
+        return self._with_graphs(runner, hidden_size)
+
+    def _with_graphs(self, runner: LayersRunner, hidden_size: int) -> Runner:
+        """Decodes run as graphs, if the device and the backend have them."""
+        config = self._config
+        if self._device.type != "cuda" or not config.cudagraph_sizes:
+            return runner
+        return graphed(
+            runner,
+            self._backend,
+            self._model,
+            hidden_size,
+            self._cache.dtype,
+            self._state.page_table,
+            config.cudagraph_sizes,
+            config.cudagraph_max_tokens,
+            lambda: CudaGraphs(self._device),
+        )
 
     def warm_up(self) -> float:
         """Runs the largest possible batches, so that a lack of memory shows now.
@@ -268,6 +293,7 @@ class Worker:
             memory,
             config,
             self._run_largest_batches,
+            self._runner.warmed_up,
             cache_bytes=cache.num_bytes,
             attention=self._backend.workspace_bytes(
                 config.max_tokens_per_forward, config.max_request_tokens

@@ -221,6 +221,9 @@ class CompiledBackend:
         self._workspace = attention.use_workspace(self._workspace)
         return attention
 
+    def graph_plan(self, num_rows: int, page_table: Tensor, max_tokens: int) -> None:
+        """There is none: layers are recorded by ``RecordedRunner``."""
+
 
 class CompiledAttention:
     """Implements ``Attention`` for one batch. Keeps the arrays alive that the kernel points to."""
