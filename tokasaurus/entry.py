@@ -16,12 +16,14 @@ from tokasaurus.commands import COMMANDS
 from tokasaurus.config.commands import run_command
 from tokasaurus.config.parser import parse_command_line
 from tokasaurus.errors import ConfigError, LaunchError, ModelError
-from tokasaurus.launch.assemble import explain
+from tokasaurus.launch.assemble import explain, show_memory
 from tokasaurus.launch.exposure import check_certificate, open_door_warning, with_keys
 from tokasaurus.launch.launching import MakeLauncher, placed
 from tokasaurus.launch.supervisor import Supervisor
 
 __all__ = ["main", "run"]
+
+_ANSWERS = {"--show-memory": show_memory}
 
 _BACKLOG = 2048  # connections that wait while the server is busy
 
@@ -42,8 +44,8 @@ def run(
         The exit status: 0 after a drain, 1 if a process died, 2 if the configuration is wrong.
     """
     try:
-        config = parse_command_line(arguments, environment, explain, COMMANDS)
-        config = with_keys(config, environment)
+        parsed = parse_command_line(arguments, environment, explain, COMMANDS, _ANSWERS)
+        config = with_keys(parsed, environment)
         check_certificate(config)
         listener = listen(config.host, config.port)
         address, port = listener.getsockname()[:2]

@@ -97,7 +97,7 @@ class PlanReport:
             if seconds > 0.005 * best.bound.batch_s
         ]
         lines = [
-            best.candidate.slices.memory_plan,
+            best.candidate.slices.memory_plan.line,
             f"a batch of {best.bound.num_running / best.candidate.manager.num_lanes:,.0f}"
             f" sequences takes {best.bound.batch_s * 1e3:.3g} ms: {', '.join(shares)}",
             f"more sequences do not run because of {best.bound.limit}",
@@ -188,7 +188,7 @@ class PlanReport:
             "max_seqs_per_forward": manager.max_seqs_per_forward,
             "max_tokens_per_forward": manager.max_tokens_per_forward,
             "kv_tokens": candidate.kv_tokens,
-            "memory": candidate.slices.memory_plan,
+            "memory": candidate.slices.memory_plan.line,
             "tokens_per_s": outcome.tokens_per_s,
             "seconds": outcome.seconds,
             "cost_per_million_tokens": self.cost_per_million(outcome),
