@@ -49,10 +49,14 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "max_topk_logprobs": 5,
         "torch_compile": False,
         "torch_compile_config": None,
+        "cudagraph_sizes": (),
+        "cudagraph_max_tokens": 256,
         "async_tp_threshold": None,
         "num_threads": None,
     }
-    return WorkerConfig(**{**defaults, **fields})
+    chosen = {**defaults, **fields}
+    pages = chosen["num_pages"]
+    return WorkerConfig(**{"least_pages": pages, "most_pages": pages, **chosen})
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""``toka``: parses the command line, takes the port, and hands the engine to its supervisor."""
+"""``toka``: parses the command line, takes the port, and hands the engine to its supervisor.
+
+A first word that names one of ``tokasaurus.commands`` runs that command instead.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,18 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
+from tokasaurus.commands import COMMANDS
+from tokasaurus.config.commands import run_command
 from tokasaurus.config.parser import parse_command_line
 from tokasaurus.errors import ConfigError, LaunchError, ModelError
-from tokasaurus.launch.assemble import explain
+from tokasaurus.launch.assemble import explain, show_memory
 from tokasaurus.launch.exposure import check_certificate, open_door_warning, with_keys
 from tokasaurus.launch.launching import MakeLauncher, placed
 from tokasaurus.launch.supervisor import Supervisor
 
 __all__ = ["main", "run"]
+
+_ANSWERS = {"--show-memory": show_memory}
 
 _BACKLOG = 2048  # connections that wait while the server is busy
 
@@ -37,7 +44,8 @@ def run(
         The exit status: 0 after a drain, 1 if a process died, 2 if the configuration is wrong.
     """
     try:
-        config = with_keys(parse_command_line(arguments, environment, explain), environment)
+        parsed = parse_command_line(arguments, environment, explain, COMMANDS, _ANSWERS)
+        config = with_keys(parsed, environment)
         check_certificate(config)
         listener = listen(config.host, config.port)
         address, port = listener.getsockname()[:2]
@@ -76,7 +84,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def main() -> None:
-    sys.exit(run(sys.argv[1:], os.environ))
+    """Runs the command that the first word names, or an engine."""
+    words = sys.argv[1:]
+    if words and words[0] in COMMANDS:
+        sys.exit(run_command("toka", "its commands.", "tokasaurus.commands", COMMANDS, words))
+    sys.exit(run(words, os.environ))
 
 
 if __name__ == "__main__":

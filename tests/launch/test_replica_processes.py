@@ -115,7 +115,14 @@ def all_are_well(engine: EngineProcess) -> bool:
 def test_requests_go_on_when_a_replica_dies_and_it_starts_again(tmp_path: Path, role: str) -> None:
     with replicas(tmp_path) as engine:
         former = engine.child(role)
-        check_that_all_goes_on(engine, lambda: os.kill(former, signal.SIGKILL))
+
+        def kill() -> None:
+            os.kill(former, signal.SIGSTOP)  # so that it cannot finish what it has
+            number = 1 if role == "manager-1" else 0
+            eventually(lambda: samples_of_replicas(engine)[number] > 0, "it has samples", 60)
+            os.kill(former, signal.SIGKILL)
+
+        check_that_all_goes_on(engine, kill)
         assert f"the {role} ended: killed by SIGKILL" in engine.log
         assert "1 replica goes on, and it is started again" in engine.log
         assert health(engine)[0] == 200
@@ -131,7 +138,8 @@ def test_requests_go_on_when_a_replica_dies_and_it_starts_again(tmp_path: Path, 
         assert engine.wait_exit(20) == 0
 
 
-@pytest.mark.parametrize("role", ["worker-1-0", pytest.param("manager", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("role", ["worker-1-0", "manager"])
 def test_a_replica_that_hangs_is_ended_and_its_requests_go_on(tmp_path: Path, role: str) -> None:
     with replicas(tmp_path) as engine:
         former = engine.child(role)
@@ -161,6 +169,7 @@ def test_when_all_replicas_hang_they_are_replaced_one_after_the_other(tmp_path: 
         assert stream(engine, 0) == expected
 
 
+@pytest.mark.long
 def test_the_engine_ends_with_its_last_replica(tmp_path: Path) -> None:
     with replicas(tmp_path, "replica_restarts=0") as engine:
         os.kill(engine.child("worker"), signal.SIGKILL)
@@ -173,6 +182,7 @@ def test_the_engine_ends_with_its_last_replica(tmp_path: Path) -> None:
         assert list(engine.private.iterdir()) == []
 
 
+@pytest.mark.long
 def test_requests_wait_while_all_replicas_start_again(tmp_path: Path) -> None:
     with replicas(tmp_path) as engine:
         expected = stream(engine, 0)

@@ -251,7 +251,7 @@ class BatchRunner:
             for number, line in read_lines(path)
             if number not in answered
         )
-        answering = Answering(self._answer, self._capacity, write)
+        answering = Answering(self._answer, self._capacity, write, batch.id)
         work = asyncio.create_task(answering.run(unanswered))
         cancelled = asyncio.create_task(job.cancelled.wait())
         try:

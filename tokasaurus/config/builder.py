@@ -72,8 +72,10 @@ class Builder(Generic[C]):
         """Runs the shortcut ``.name(*args, **kwargs)``."""
         shortcuts = self._schema.shortcuts
         if name not in shortcuts:
-            near = f"; the nearest is .{nearest(name, shortcuts)}" if shortcuts else ""
-            self.problem(f"unknown shortcut .{name}{near}")
+            near = nearest(name, shortcuts)
+            others = ", ".join(f".{name}" for name in shortcuts)
+            remedy = f"the nearest is .{near}" if near else f"there are {others or 'none'}"
+            self.problem(f"unknown shortcut .{name}; {remedy}")
             return
         try:
             call = inspect.signature(shortcuts[name]).bind(*args, **kwargs)
