@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tokasaurus.config.slices import ModelFacts
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "size_text"]
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -124,42 +124,46 @@ class Memory:
 
     def weights_do_not_fit(self) -> str:
         """Why, and what helps."""
-        need = f"the weights take {_size(self.weight_bytes)} in {self._weight_dtype}"
+        need = f"the weights take {size_text(self.weight_bytes)} in {self._weight_dtype}"
         remedy = "free memory, or serve a smaller model"
         if self._element_bytes > 2 and self.quantization is None:
             remedy = f"dtype=bfloat16 takes half; otherwise {remedy}"
-        return f"{need} and the process {_size(_PROCESS_BYTES)}, and {self._free()}; {remedy}"
+        return f"{need} and the process {size_text(_PROCESS_BYTES)}, and {self._free()}; {remedy}"
 
     def batch_does_not_fit(self, num_tokens: int) -> str:
         """Why a batch of this size does not fit, and which does."""
         fitting = next((size for size in _smaller(num_tokens) if self.batch_fits(size)), None)
         remedy = "free memory" if fitting is None else f"max_tokens_per_forward={fitting} fits"
         return (
-            f"needs {_size(self.batch_bytes(num_tokens))} for the tensors of a batch; "
-            f"{self._free()}, of which {_size(self.weight_bytes)} are for weights and"
-            f" {_size(_PROCESS_BYTES)} for the process; {remedy}"
+            f"needs {size_text(self.batch_bytes(num_tokens))} for the tensors of a batch; "
+            f"{self._free()}, of which {size_text(self.weight_bytes)} are for weights and"
+            f" {size_text(_PROCESS_BYTES)} for the process; {remedy}"
         )
 
     def kv_does_not_fit(self, num_tokens: int, max_tokens: int) -> str:
         """Why a KV cache of this size does not fit beside batches of ``max_tokens``."""
         return (
-            f"needs a KV cache of {num_tokens} tokens, {_size(self.kv_bytes(num_tokens))} in"
-            f" {self.dtype}; {self._free()}, and beside {_size(self.weight_bytes)} of weights,"
-            f" {_size(self.batch_bytes(max_tokens))} for batches of {max_tokens} tokens and"
-            f" {_size(_PROCESS_BYTES)} for the process this holds {self.room(max_tokens)}"
+            f"needs a KV cache of {num_tokens} tokens, {size_text(self.kv_bytes(num_tokens))} in"
+            f" {self.dtype}; {self._free()}, and beside {size_text(self.weight_bytes)} of weights,"
+            f" {size_text(self.batch_bytes(max_tokens))} for batches of {max_tokens} tokens and"
+            f" {size_text(_PROCESS_BYTES)} for the process this holds {self.room(max_tokens)}"
         )
+
+    def used_bytes(self, num_tokens: int, max_tokens: int) -> int:
+        """The most that a worker takes, with a KV cache and batches of these sizes."""
+        return self._for_weights + self.kv_bytes(num_tokens) + self.batch_bytes(max_tokens)
 
     def plan(self, num_tokens: int, max_tokens: int) -> str:
         """One line that says what takes how much: a KV cache and batches of these sizes."""
         batch_bytes = self.batch_bytes(max_tokens)
-        used = self._for_weights + self.kv_bytes(num_tokens) + batch_bytes
-        rest = "" if self.free_bytes is None else f", {_size(self.free_bytes - used)} to spare"
+        used = self.used_bytes(num_tokens, max_tokens)
+        rest = "" if self.free_bytes is None else f", {size_text(self.free_bytes - used)} to spare"
         return (
-            f"memory: {self._free()}; {_size(self.weight_bytes)} for weights in"
+            f"memory: {self._free()}; {size_text(self.weight_bytes)} for weights in"
             f" {self._weight_dtype},"
-            f" {_size(self.kv_bytes(num_tokens))} for a KV cache of {num_tokens} tokens, at most"
-            f" {_size(batch_bytes)} for a batch of {max_tokens} tokens, {_size(_PROCESS_BYTES)}"
-            f" for the process{rest}"
+            f" {size_text(self.kv_bytes(num_tokens))} for a KV cache of {num_tokens} tokens,"
+            f" at most {size_text(batch_bytes)} for a batch of {max_tokens} tokens,"
+            f" {size_text(_PROCESS_BYTES)} for the process{rest}"
         )
 
     @property
@@ -198,10 +202,10 @@ class Memory:
         if self.free_bytes is None:
             return f"the free memory of {self.device} is unknown"
         if self.num_sharing == 1 or self.memory_bytes is None:
-            return f"{self.device} has {_size(self.free_bytes)} free"
+            return f"{self.device} has {size_text(self.free_bytes)} free"
         return (
-            f"{self.device} has {_size(self.memory_bytes)} free, {_size(self.free_bytes)} for each"
-            f" of {self.num_sharing} workers"
+            f"{self.device} has {size_text(self.memory_bytes)} free,"
+            f" {size_text(self.free_bytes)} for each of {self.num_sharing} workers"
         )
 
 
@@ -213,7 +217,8 @@ def _smaller(num_tokens: int) -> Iterator[int]:
         power //= 2
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: int) -> str:
+    """A number of bytes for people to read."""
     for scale, unit in _SCALES:
         if num_bytes >= scale:
             return f"{num_bytes / scale:.1f} {unit}"

@@ -42,18 +42,21 @@ def parse_command_line(
     arguments: Sequence[str],
     environment: Mapping[str, str],
     explain: Explain[EngineConfig] | None = None,
+    *,
+    is_quiet: bool = False,
 ) -> EngineConfig:
     """Reads the command line of ``toka``.
 
     The words of the environment variable OVERRIDES, split as a shell splits them, count as if they
-    followed the arguments. Warnings go to standard error. ``--show`` adds what ``explain`` says.
+    followed the arguments. Warnings go to standard error unless ``is_quiet``. ``--show`` adds what
+    ``explain`` says.
 
     Raises:
         ConfigError: one line for each thing that is wrong.
         SystemExit: with status 0, after printing what ``--help``, ``--version`` or ``--show`` asked
             for.
     """
-    return parse(ENGINE, arguments, environment.get("OVERRIDES", ""), explain)
+    return parse(ENGINE, arguments, environment.get("OVERRIDES", ""), explain, is_quiet=is_quiet)
 
 
 def parse_or_exit(schema: Schema[C], arguments: Sequence[str]) -> C:
@@ -70,6 +73,8 @@ def parse(
     arguments: Sequence[str],
     overrides: str = "",
     explain: Explain[C] | None = None,
+    *,
+    is_quiet: bool = False,
 ) -> C:
     """Reads a command line of any schema; see :func:`parse_command_line`."""
     if answer_question(arguments, partial(print_help, schema)):
@@ -85,7 +90,7 @@ def parse(
     with builder.reading("OVERRIDES"):
         reader.read(words)
     parsed = builder.finish()
-    for line in parsed.warnings:
+    for line in () if is_quiet else parsed.warnings:
         print(f"{schema.program}: warning: {line}", file=sys.stderr)
     if reader.show:
         print(show(parsed.value), end="")

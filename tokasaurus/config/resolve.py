@@ -38,7 +38,7 @@ from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode, Pooling
 from tokasaurus.protocol.role import Kind
 from tokasaurus.rounding import round_up
 
-__all__ = ["BUNDLED_MODEL_NAME", "resolve"]
+__all__ = ["BUNDLED_MODEL_NAME", "data_dir_of", "resolve"]
 
 BUNDLED_MODEL_NAME = "tokasaurus-demo"
 
@@ -128,10 +128,11 @@ def resolve(
         ),
         dtype_plan=dtype.reason,
         memory_plan=memory.plan(limits.num_pages * limits.page_size, limits.max_tokens),
+        worker_bytes=memory.used_bytes(limits.num_pages * limits.page_size, limits.max_tokens),
         determinism_plan=plan_determinism(config, obstacle),
         stall_timeout_s=config.stall_timeout_s,
         replica_restarts=config.replica_restarts,
-        profile_path=f"{_data_dir(config)}/profile.json" if config.profile else None,
+        profile_path=f"{data_dir_of(config)}/profile.json" if config.profile else None,
         profile_num_batches=config.profile_num_batches,
         log_level=config.log_level,
         log_procs=None
@@ -425,7 +426,8 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         uvicorn_log_level=config.uvicorn_log_level,
         log_level=config.log_level,
         shutdown_timeout_s=config.shutdown_timeout_s,
-        data_dir=_data_dir(config),
+        restart_timeout_s=config.restart_timeout_s,
+        data_dir=data_dir_of(config),
         cartridges=_cartridges(config, limits),
         trust_request_chat_template=config.trust_request_chat_template,
         unsafe_pickle_responses=config.unsafe_pickle_responses,
@@ -458,7 +460,8 @@ def _cartridge_shape(config: EngineConfig, facts: ModelFacts) -> ModelShape:
     )
 
 
-def _data_dir(config: EngineConfig) -> str:
+def data_dir_of(config: EngineConfig) -> str:
+    """The directory of files and batches."""
     return config.data_dir or f"~/.local/share/tokasaurus/port-{config.port}"
 
 

@@ -96,6 +96,7 @@ class ServerConfig:
     uvicorn_log_level: str
     log_level: str
     shutdown_timeout_s: float  # how long a drain may take
+    restart_timeout_s: float  # how long each half of a restart may take
     data_dir: str  # of files and batches
     cartridges: CartridgeConfig
     unsafe_pickle_responses: bool
@@ -240,6 +241,7 @@ class EngineSlices:
     replicas: tuple[ReplicaSlices, ...]  # at least one
     dtype_plan: str  # which dtype and why; a line for the log
     memory_plan: str  # of each replica; a line for the log
+    worker_bytes: int  # of memory that each worker takes, at most
     determinism_plan: str  # whether results may depend on the batch, and why; a line for --show
     # How long a process that has work may show no progress before it counts as stalled.
     stall_timeout_s: float
