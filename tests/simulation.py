@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,9 +80,11 @@ from tokasaurus.protocol.messages import (
     Pooling,
     PromptLogprobs,
     RequestRejected,
+    RequestStage,
     Sampling,
     SequenceUpdates,
     SlotParameters,
+    Stage,
     StopSequence,
     ToServer,
     ToWorker,
@@ -96,6 +98,7 @@ DEFAULTS = (
             path="",
             vocab_size=VOCAB_SIZE,
             num_layers=64,
+            hidden_size=64,
             num_heads=64,
             num_kv_heads=64,
             intermediate_size=64,
@@ -201,6 +204,7 @@ class World:
         self.num_commands = 0
         self.commands: dict[int, Command] = {}
         self.command_answers: dict[int, CommandDone | CommandFailed] = {}
+        self.stages: defaultdict[int, list[Stage]] = defaultdict(list)  # by request
         self.doomed: dict[int, list[int]] = {}  # by command: the requests that it is to abort
         self.weights_versions = [0]  # all so far, as the answers say
         self.is_quiet = False  # a pause is done that lets nothing run
@@ -343,6 +347,9 @@ class World:
         for request_id, request in self.requests.items():
             if request_id not in self.aborted and request_id not in self.rejected:
                 assert self.num_finished[request_id] == (request.first_k or request.n)
+            samples = [answer for name, answer in self.answers.items() if name[0] == request_id]
+            if request.report_stages and any(answer.ids for answer in samples):
+                assert Stage.FIRST_TOKEN in self.stages[request_id]
 
     def check_empty(self) -> None:
         """No trace of any sequence is left."""
@@ -359,6 +366,7 @@ class World:
         assert not running.prefixes.num_holders.any()
         assert (running.prefixes.leaf == -1).all()
         assert not running.in_flight.flights
+        assert not running.stages._awaited
         assert not running.claims.sequences()
         assert not running.claims.aside()
         assert not running.claims._refused_at
@@ -568,10 +576,24 @@ class World:
             self.pooled[message.request_id] = versions
         elif isinstance(message, CommandDone | CommandFailed):
             self._receive_answer(message)
+        elif isinstance(message, RequestStage):
+            self._receive_stage(message)
         elif isinstance(message, Eta):
             pass  # a prediction: nothing depends on it
         else:
             self._receive_updates(message)
+
+    def _receive_stage(self, message: RequestStage) -> None:
+        """A stage comes in its order, and before the last row that it is about."""
+        request_id, stage = message.request_id, message.stage
+        assert self.requests[request_id].report_stages, "nobody asked for the stages of a request"
+        before = self.stages[request_id]
+        assert bool(before) == (stage is not Stage.ADMITTED), "a request is not admitted once"
+        assert stage is Stage.PREEMPTED or stage not in before, "a first token came twice"
+        if stage is Stage.FIRST_TOKEN:
+            samples = [answer for name, answer in self.answers.items() if name[0] == request_id]
+            assert not any(answer.ids for answer in samples if answer.reason), "it came too late"
+        before.append(stage)
 
     def _receive_prompt_logprobs(self, message: PromptLogprobs) -> None:
         assert not self.answers[message.request_id, 0].reason, "prompt logprobs after the end"
@@ -1094,6 +1116,8 @@ class Simulation(World):
             pooling=pooling,
             cartridge=cartridge,
             client=client,
+            name=f"req-{request_id}" if request_id % 3 else "",
+            report_stages=request_id % 2 == 0,
             n=n,
             priority=chance.choice([0, 0, 0, 0, -3, 1, 2]),
             first_k=chance.choice([0, 0, chance.randint(1, n)]),

@@ -1,10 +1,11 @@
-"""What docs/coming_from_vllm_and_sglang.md names exists here, and fields of others exist there."""
+"""What docs/coming_from_other_engines.md names exists, and what is refused there is refused."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "server"))
 
 from peer_fields import PEER_REQUESTS
 
-PAGE = "docs/coming_from_vllm_and_sglang.md"
+PAGE = "docs/coming_from_other_engines.md"
 NAME = re.compile(r"`([^`]+)`")
 
 
@@ -28,6 +29,16 @@ def rows(section):
     text = (ROOT / PAGE).read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
     lines = [line for line in text.splitlines() if line.startswith("|")][2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def tables(section):
+    """The rows of each table of a section, without their heads: flags, routes, fields."""
+    text = (ROOT / PAGE).read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    flags, routes, fields = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+        for table in (flags, routes, fields)
+    ]
 
 
 def names(cell):
@@ -80,6 +91,54 @@ def test_fields_exist(engine):
     for name in names(listed):
         assert name in ours, name
         assert name in peer_fields("vLLM"), name
+
+
+def test_flags_exist_that_stand_for_those_of_llama_cpp_and_ollama():
+    flags = {flag.name for flag in flags_of(EngineConfig).values()}
+    for section in ("llama.cpp", "Ollama"):
+        table, _, _ = tables(section)
+        assert len(table) > 5
+        assert [name for row in table for name in names(row[1]) if name not in flags] == []
+
+
+@pytest.mark.engine
+def test_routes_exist_that_stand_for_those_of_llama_cpp_and_ollama(engine):
+    with urllib.request.urlopen(f"{engine.url}/openapi.json") as answer:
+        paths = set(json.load(answer)["paths"])
+    for section in ("llama.cpp", "Ollama"):
+        _, table, _ = tables(section)
+        assert len(table) > 5
+        named = {name for row in table for name in names(row[1]) if name.startswith("/")}
+        assert sorted(named - paths) == []
+
+
+@pytest.mark.engine
+def test_fields_exist_or_are_refused_as_the_page_says(engine):
+    with urllib.request.urlopen(f"{engine.url}/openapi.json") as answer:
+        schemas = json.load(answer)["components"]["schemas"]
+    ours = {name for schema in schemas.values() for name in schema.get("properties", {})}
+    for section in ("llama.cpp", "Ollama"):
+        _, _, table = tables(section)
+        assert len(table) > 4
+        for theirs, here in table:
+            if here.startswith("refused"):
+                for name in names(theirs):
+                    assert name in refusal(engine, {name: 1}), name
+            else:
+                assert names(here), here
+                assert [name for name in names(here) if name not in ours] == []
+
+
+def refusal(engine, fields):
+    """What an engine answers to a request for a completion that it refuses."""
+    body = json.dumps({"prompt": "A", "max_tokens": 1, **fields}).encode()
+    request = urllib.request.Request(
+        f"{engine.url}/v1/completions", body, {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    assert refused.value.code == 400
+    return refused.value.read().decode()
 
 
 def test_methods_exist():

@@ -14,7 +14,7 @@ from tokasaurus.text.params import SamplingParams
 
 PAGE = ROOT / "docs" / "adding_a_sampling_parameter.md"
 # It compares names with those of other engines, as far as they differ; a test of its own checks it.
-COMPARISON = ROOT / "docs" / "coming_from_vllm_and_sglang.md"
+COMPARISON = ROOT / "docs" / "coming_from_other_engines.md"
 MAX_PLACES = 7
 
 

@@ -49,6 +49,8 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "max_topk_logprobs": 5,
         "torch_compile": False,
         "torch_compile_config": None,
+        "cudagraph_sizes": (),
+        "cudagraph_max_tokens": 256,
         "async_tp_threshold": None,
         "num_threads": None,
     }

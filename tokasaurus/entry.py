@@ -1,4 +1,7 @@
-"""``toka``: reads the command line, takes the port, and keeps an engine on it."""
+"""``toka``: reads the command line, takes the port, and keeps an engine on it.
+
+A first word that names one of ``tokasaurus.commands`` runs that command instead.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from tokasaurus.commands import COMMANDS
+from tokasaurus.config.commands import run_command
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.parser import parse_command_line
-from tokasaurus.errors import ConfigError
+from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.launch.keeping.keeper import Keeper
 from tokasaurus.launch.listening import listen
 from tokasaurus.observability.logging import configure_logging
@@ -26,14 +31,17 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     Returns:
         The exit status: 0 after a drain, 1 if a process died, 2 if the configuration is wrong.
     """
+    answers = {"--show-memory": _show_memory}
     try:
         # The engine reads the same words in a process of its own, and prints the warnings.
-        config = parse_command_line(arguments, environment, _explain, is_quiet=True)
+        config = parse_command_line(
+            arguments, environment, _explain, COMMANDS, answers, is_quiet=True
+        )
         listener = listen(config.host, config.port)
-    except ConfigError as error:
+    except (ConfigError, ModelError) as error:
         print(f"toka: error: {error}", file=sys.stderr)
         return 2
-    configure_logging("toka", config.log_level)
+    configure_logging("toka", config.log_level, config.log_format)
     return Keeper(arguments, config.host, listener).run()
 
 
@@ -44,8 +52,19 @@ def _explain(config: EngineConfig) -> list[str]:
     return explain(config)
 
 
+def _show_memory(config: EngineConfig) -> str:
+    """The table of ``--show-memory``; likewise."""
+    from tokasaurus.launch.assemble import show_memory
+
+    return show_memory(config)
+
+
 def main() -> None:
-    sys.exit(run(sys.argv[1:], os.environ))
+    """Runs the command that the first word names, or an engine."""
+    words = sys.argv[1:]
+    if words and words[0] in COMMANDS:
+        sys.exit(run_command("toka", "its commands.", "tokasaurus.commands", COMMANDS, words))
+    sys.exit(run(words, os.environ))
 
 
 if __name__ == "__main__":

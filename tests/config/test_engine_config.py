@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -7,9 +8,10 @@ from rows import each_row
 
 from tokasaurus import common_types
 from tokasaurus.config.engine import ENGINE, EngineConfig
+from tokasaurus.config.other_engines import OTHER_ENGINES
 from tokasaurus.config.parser import parse_command_line
 from tokasaurus.config.schema import flags_of
-from tokasaurus.config.suggestions import OTHER_ENGINES
+from tokasaurus.config.suggestions import nearest
 from tokasaurus.errors import ConfigError
 
 # The command line is a public interface: a change of a line here breaks users' scripts.
@@ -59,6 +61,7 @@ NAMES_AND_DEFAULTS = {
     "stall_timeout_s": 60.0,
     "uvicorn_log_level": "info",
     "log_level": "INFO",
+    "log_format": "text",
     "log_procs": None,
     "profile": False,
     "profile_num_batches": 1000,
@@ -197,6 +200,13 @@ def test_no_arguments_give_the_defaults():
             {"rope_type": "yarn", "factor": 4},
         ),
         ("max_topk_logprobs=None", "max_topk_logprobs", None),
+        ("dtype=half", "dtype", "float16"),
+        ("dtype=fp16", "dtype", "float16"),
+        ("dtype=BF16", "dtype", "bfloat16"),
+        ("dtype=float", "dtype", "float32"),
+        ("dtype=fp32", "dtype", "float32"),
+        ("device=gpu", "device", "cuda"),
+        ("--served-model-name=my-model", "served_model_name", "my-model"),
     ],
 )
 def test_documented_uses_of_flags(argument, name, value):
@@ -213,7 +223,8 @@ def test_documented_uses_of_flags(argument, name, value):
         ("torch_compile=maybe", ["torch_compile='maybe'", "true or false"]),
         ("model=", ["model", "must not be empty"]),
         ("model=(__import__('os').getpid())", ["model", "__import__", "(character 2)"]),
-        ("dtype=bf16", ["dtype='bf16'", "bfloat16"]),
+        ("dtype=int8", ["dtype='int8'", "float16"]),
+        ("dtype=flaot", ["dtype='flaot'", "the nearest is float32"]),
         ("log_procs=server,wroker", ["log_procs", "worker"]),
         ("prot=1", ["prot", "'port'"]),
         ("kv_cache_num_token=1", ["kv_cache_num_token", "'kv_cache_num_tokens'"]),
@@ -284,6 +295,10 @@ def test_every_flag_of_another_engine_is_reported_with_ours():
         (["--tokenizer-path", "org/name"], "tokenizer"),
         (["--enforce-eager"], "use_cudagraphs"),
         (["--no-enforce-eager", "port=1"], "use_cudagraphs"),
+        (["--distributed-executor-backend", "ray"], "launcher"),
+        (["--tensor-paralel-size", "2"], "tp_size"),
+        (["--max-seq-length", "9"], "max_num_tokens_per_request"),
+        (["--gpu-memory", "0.9"], "kv_cache_num_tokens"),
     ],
 )
 def test_flags_of_other_engines_may_have_dashes(arguments, ours):
@@ -291,6 +306,44 @@ def test_flags_of_other_engines_may_have_dashes(arguments, ours):
         toka(*arguments)
     assert f"the flag for this is '{ours}'" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@each_row(
+    "key, guesses",
+    [
+        ("hydragen", ["'use_hydragen'"]),
+        ("cuda_graphs", ["'use_cudagraphs'"]),
+        ("kv_cache", ["'kv_cache_num_tokens'"]),
+        ("pagesize", ["'page_size'"]),
+        ("certificate", ["ssl_certfile", "ssl_keyfile"]),
+        ("loudness", []),
+    ],
+)
+def test_a_guess_at_an_unknown_flag_is_by_its_words_or_there_is_none(key, guesses):
+    with pytest.raises(ConfigError) as caught:
+        toka(f"{key}=1")
+    rest = str(caught.value).removeprefix(f"unknown flag {key!r}")
+    named = {name for name in NAMES_AND_DEFAULTS if re.search(rf"\b{name}\b", rest)}
+    assert all(guess in rest for guess in guesses), rest
+    assert named == {guess.strip("'") for guess in guesses}
+    assert "--help" in rest
+
+
+def test_a_flag_that_others_lack_is_not_confused_with_one_that_shares_its_letters():
+    without_launcher = {name: "" for name in NAMES_AND_DEFAULTS if name != "launcher"}
+    assert nearest("launcher", without_launcher) is None
+    assert nearest("max_len", ["max_n", "page_size"]) is None
+
+
+def test_turning_on_what_is_still_to_come_says_so_in_one_line(capsys, tmp_path):
+    assert toka("use_cudagraphs=T", "--use_cudagraphs") == EngineConfig()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("toka: warning: use_cudagraphs=T has no effect: ")
+    toka("use_cudagraphs=F")
+    path = tmp_path / "shown.yaml"
+    path.write_text("use_cudagraphs: true")
+    toka(f"config={path}")
+    assert capsys.readouterr().err == ""
 
 
 def test_the_overrides_variable_follows_the_arguments():

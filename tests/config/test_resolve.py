@@ -18,6 +18,7 @@ FACTS = ModelFacts(
     path="/models/tiny",
     vocab_size=2048,
     num_layers=64,
+    hidden_size=64,
     num_heads=64,
     num_kv_heads=64,
     intermediate_size=64,
@@ -226,7 +227,7 @@ def test_replicas_share_the_memory_of_a_cpu_and_not_that_of_devices():
     one = slices(**many, num_cuda_devices=2).replicas[0].manager.num_pages
     for replica in slices(**many, dp_size=2, num_cuda_devices=2).replicas:
         assert replica.manager.num_pages == one
-    plan = slices(**many, dp_size=2).memory_plan
+    plan = slices(**many, dp_size=2).memory_plan.line
     assert plan.startswith("memory: cpu has 12.0 GB free, 6.0 GB for each of 2 workers; ")
 
 
@@ -373,9 +374,16 @@ LARGE = dataclasses.replace(
 PROCESS = 512 << 20
 
 
-def needed(kv_tokens, batch_tokens, num_bytes=4):
+def partials(batch_tokens, facts=LARGE, tp_size=1):
+    """The bytes of attention's partial results on CUDA: two for each row."""
+    head_dim = facts.kv_elements_per_token // (2 * facts.num_layers * facts.num_kv_heads)
+    return 2 * batch_tokens * facts.num_heads // tp_size * (head_dim + 1) * 4
+
+
+def needed(kv_tokens, batch_tokens, num_bytes=4, *, on_cuda=False):
     """The bytes of weights, KV cache, batch and process."""
     batch = batch_tokens * (50_000 * num_bytes + 64 * FACTS.vocab_size)
+    batch += partials(batch_tokens) if on_cuda else 0
     return PROCESS + (10**9 + kv_tokens * 100_000) * num_bytes + batch
 
 
@@ -392,7 +400,8 @@ def test_the_default_kv_cache_leaves_a_tenth_of_the_memory_free():
         is_narrow = "dtype" in flags or "num_cuda_devices" in flags
         num_bytes = 2 if is_narrow else 4
         assert manager.max_tokens_per_forward == batch, flags
-        used = needed(manager.num_pages * 16, batch, num_bytes)
+        on_cuda = "num_cuda_devices" in flags
+        used = needed(manager.num_pages * 16, batch, num_bytes, on_cuda=on_cuda)
         page = 16 * 100_000 * num_bytes
         assert used <= 0.9 * flags["memory_bytes"] < used + 2 * page, flags
     for flags in (
@@ -412,7 +421,8 @@ def test_each_worker_has_its_part_of_weights_and_kv_cache():
     # Eight ranks have four heads of keys and values: two ranks share one.
     for size, kv_share in ((2, 2), (4, 4), (8, 4)):
         enough = PROCESS + batch + 4 * 10**9 // size + 2000 * 400_000 // kv_share
-        for num_devices, bytes_of_all in ((0, size * enough), (8, enough)):
+        on_cuda = enough + partials(1000, facts, size)
+        for num_devices, bytes_of_all in ((0, size * enough), (8, on_cuda)):
             flags |= {"tp_size": size, "num_cuda_devices": num_devices, "dtype": "float32"}
             assert manager_of(**flags, memory_bytes=bytes_of_all).num_pages == 125
             assert problems(**flags, memory_bytes=bytes_of_all - 10**6)
@@ -423,7 +433,7 @@ def test_a_stage_has_room_for_the_most_layers_that_it_may_get():
     flags = {"facts": LARGE, "max_tokens_per_forward": 1000, "kv_cache_num_tokens": 2000}
     batch = 1000 * (50_000 * 4 + 64 * FACTS.vocab_size)
     weights, kv = 4 * (2 * 10**8 + 5 * 10**8), 2000 * 400_000 * 40 // 64
-    enough = PROCESS + batch + weights + kv
+    enough = PROCESS + batch + partials(1000) + weights + kv
     flags |= {"pp_size": 2, "num_cuda_devices": 2, "dtype": "float32"}
     assert manager_of(**flags, memory_bytes=enough).num_pages == 125
     assert problems(**flags, memory_bytes=enough - 10**6)
@@ -497,14 +507,14 @@ def test_memory_too_small_for_the_weights():
 
 def test_the_plan_of_memory_is_one_line():
     flags = {"facts": LARGE, "max_tokens_per_forward": 1000, "kv_cache_num_tokens": 2000}
-    assert slices(memory_bytes=6 * 10**9, **flags).memory_plan == (
+    assert slices(memory_bytes=6 * 10**9, **flags).memory_plan.line == (
         "memory: cpu has 6.0 GB free; 4.0 GB for weights in float32, 800.0 MB for a KV cache of"
         " 2000 tokens, at most 331.1 MB for a batch of 1000 tokens, 536.9 MB for the process,"
         " 332.1 MB to spare"
     )
-    assert slices(memory_bytes=None, num_cuda_devices=1, **flags).memory_plan == (
+    assert slices(memory_bytes=None, num_cuda_devices=1, **flags).memory_plan.line == (
         "memory: the free memory of cuda is unknown; 2.0 GB for weights in bfloat16, 400.0 MB for a"
-        " KV cache of 2000 tokens, at most 231.1 MB for a batch of 1000 tokens, 536.9 MB for the"
+        " KV cache of 2000 tokens, at most 237.7 MB for a batch of 1000 tokens, 536.9 MB for the"
         " process"
     )
 
@@ -515,13 +525,43 @@ def test_the_plan_counts_quantized_weights():
     others, products, rows = 2 * 10**8, 8 * 10**8, 10**5
     assert (
         f"{(2 * others + products + 8 * rows) / 1e9:.1f} GB for weights in int8 and bfloat16"
-        in (result.memory_plan)
+        in (result.memory_plan.line)
     )
     (line,) = problems(
         facts=LARGE, memory_bytes=10**9, quantization="int8", kv_cache_num_tokens=1600
     )
     assert "the weights take 1.6 GB in int8 and float32" in line
     assert "dtype=bfloat16" not in line
+
+
+def test_the_parts_of_the_plan_add_up_to_what_its_limits_need():
+    flags = {"facts": LARGE, "max_tokens_per_forward": 1000, "kv_cache_num_tokens": 2000}
+    for num_devices, num_bytes in ((0, 4), (1, 2)):
+        plan = slices(memory_bytes=6 * 10**9, num_cuda_devices=num_devices, **flags).memory_plan
+        total = needed(2000, 1000, num_bytes, on_cuda=num_devices > 0)
+        assert sum(item.num_bytes for item in plan.items) == total
+        assert (plan.kv_tokens, plan.most_kv_tokens) == (2000, 2000)
+        assert plan.free_bytes == 6 * 10**9
+
+
+def test_a_measurement_may_raise_what_is_left_to_it_and_never_below_a_request():
+    """What was asked for is fixed. Otherwise the longest request needs the least."""
+    flags = {"facts": LARGE, "num_cuda_devices": 1}
+    # A page takes 3.2 million bytes, and the weights 2 billion.
+    for memory_bytes, asked, least, most in (
+        (12 * 10**9, {"kv_cache_num_tokens": 2000}, 125, 125),
+        (12 * 10**9, {"kv_cache_num_tokens": "auto"}, 256, 2957),
+        (12 * 10**9, {"max_num_tokens_per_request": 100}, 7, 2957),
+        (10**12, {}, 256, 8192),
+        (10**12, {"kv_cache_num_tokens": "auto", "max_seqs_per_forward": 2}, 256, 512),
+        (3 * 10**9, {"max_tokens_per_forward": 256}, 31, 144),
+    ):
+        (replica,) = slices(memory_bytes=memory_bytes, **flags, **asked).replicas
+        (worker,) = replica.workers
+        assert (worker.least_pages, worker.most_pages) == (least, most), asked
+        assert least <= worker.num_pages <= most
+        assert replica.manager.num_pages == worker.num_pages
+        assert replica.manager.max_request_tokens <= worker.least_pages * 16
 
 
 # --- everything together -------------------------------------------------------------------------

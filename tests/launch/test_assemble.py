@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -134,6 +135,34 @@ def test_show_says_dtype_and_memory_of_the_model_that_is_here(tmp_path, capsys):
     assert too_long.startswith("# error: max_num_tokens_per_request=100000")
 
 
+def test_show_memory_prints_a_table_that_adds_up_and_loads_nothing(tmp_path, capsys):
+    path = make_checkpoint(tmp_path / "model", "llama", dtype=torch.float32)
+    (path / "model.safetensors").unlink()
+    flags = [f"model={path}", "device=cpu", "load_format=dummy", "kv_cache_num_tokens=4096"]
+    with pytest.raises(SystemExit) as ended:
+        run([*flags, "--show-memory"], {})
+    assert not ended.value.code
+    numbers = {}
+    for line in capsys.readouterr().out.splitlines():
+        if found := re.match(r"([A-Za-z ]+?)  +(-?[0-9,]+)  ", line):
+            numbers[found[1]] = int(found[2].replace(",", ""))
+    model = read_model_config(path)
+    assert numbers["weights"] == 4 * model.num_parameters
+    assert numbers["KV cache"] == 4 * 4096 * model.kv_elements_per_token
+    total, free, reserve = (numbers.pop(name) for name in ("total", "free", "reserve"))
+    assert total == sum(numbers.values())
+    assert reserve == free - total
+
+
+def test_show_memory_refuses_what_does_not_fit_and_a_model_that_is_elsewhere(tmp_path, capsys):
+    path = make_checkpoint(tmp_path / "model", "llama")
+    too_much = [f"model={path}", "device=cpu", "kv_cache_num_tokens=(10**12)", "--show-memory"]
+    assert run(too_much, {}) == 2
+    assert "kv_cache_num_tokens=1000000000000 needs a KV cache" in capsys.readouterr().err
+    assert run(["model=org/elsewhere", "--show-memory"], {}) == 2
+    assert "model=org/elsewhere is not here yet" in capsys.readouterr().err
+
+
 def test_dummy_weights_are_planned_from_config_json_alone(tmp_path, monkeypatch):
     path = make_checkpoint(tmp_path / "model", "llama", tied=True)
     (path / "model.safetensors").unlink()
@@ -153,4 +182,4 @@ def test_the_bundled_model_gets_the_default_cache(monkeypatch):
     slices = assemble(EngineConfig(device="cpu"))
     manager = slices.replicas[0].manager
     assert manager.num_pages * manager.page_size == 131072
-    assert "131072 tokens" in slices.memory_plan
+    assert "131072 tokens" in slices.memory_plan.line

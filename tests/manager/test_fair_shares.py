@@ -17,7 +17,8 @@ from tokasaurus.manager.order import first_order
 from tokasaurus.manager.sequence import Request
 from tokasaurus.manager.shares import Shares
 from tokasaurus.planner.configuration import simulated_slices
-from tokasaurus.planner.cost_model import PRESETS, fixed
+from tokasaurus.planner.cost_model import fixed
+from tokasaurus.planner.named_costs import PRESETS
 
 H100 = PRESETS["llama-1b-h100"]
 

@@ -12,6 +12,7 @@ from tokasaurus.planner.lengths import CompletionLengths, DrawnLengths
 from tokasaurus.planner.simulated_device import SimulatedDevice
 from tokasaurus.protocol.messages import ForwardBatch, Sampling, SlotParameters
 
+PAGE_SIZE = 4
 NEVER = DrawnLengths(np.array([1 << 40]))
 
 
@@ -45,7 +46,7 @@ class Hand:
     """Numbers batches and runs them on a device of 16 slots."""
 
     def __init__(self, lengths: CompletionLengths = NEVER, cost: CostModel = INSTANT) -> None:
-        self.device = SimulatedDevice(cost, lengths, 16)
+        self.device = SimulatedDevice(cost, lengths, num_slots=16, page_size=PAGE_SIZE)
         self.number = 0
 
     def run(self, entering=(), decode=(), fed=(), **changes):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 import numpy as np
 import pytest
 from batches_by_hand import NEVER, Entering, Fed, Hand
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.planner.cost_model import CostModel, fixed
+from tokasaurus.planner.cost_model import AttentionCosts, CostModel, DrawCosts, fixed
+from tokasaurus.planner.curve import Curve
 from tokasaurus.planner.lengths import DrawnLengths, ListedLengths
 from tokasaurus.planner.simulated_device import STOP_ID, VOCAB_SIZE, SimulatedDevice
 from tokasaurus.protocol.commands import Control, UpdateWeights
@@ -45,7 +44,7 @@ def test_results_list_decodes_before_draws_and_samples_may_fork():
 
 def test_a_fork_costs_the_length_of_its_prompt():
     # A second for each position that is read.
-    per_position = CostModel(0.0, 0.0, 1.0, 1.0, math.inf, 0.0)
+    per_position = CostModel(attention=AttentionCosts(position_s=1.0, layout_s=1.0))
     hand = Hand(cost=per_position)
     assert hand.run(SEQUENCES, fed=[Fed(1, 0, 40, (1, 3))]).device_s == 40
     assert hand.run(decode=[1, 3]).device_s == 82
@@ -154,7 +153,7 @@ def test_a_token_can_only_be_drawn_at_the_end_of_a_prompt():
 
 
 def test_controls_are_numbered_with_the_batches():
-    device = SimulatedDevice(fixed(0.5), NEVER, num_slots=1)
+    device = SimulatedDevice(fixed(0.5), NEVER, num_slots=1, page_size=16)
     action = UpdateWeights(1, ("a.safetensors",))
     done = device.carry_out(Control(0, action))
     assert (done.number, done.error, done.weights_ready) == (0, None, True)
@@ -162,3 +161,48 @@ def test_controls_are_numbered_with_the_batches():
         device.carry_out(Control(0, action))
     with pytest.raises(ProtocolError, match="batch 0 came, batch 1 was due"):
         device.run(ForwardBatch(0))
+
+
+def test_a_group_costs_its_pages_once():
+    """Three rows share two pages of four tokens, and two of them a third page."""
+    per_read = CostModel(attention=AttentionCosts(position_s=1.0, layout_s=1.0))
+    hand = Hand(cost=per_read)
+    hand.run(SEQUENCES, fed=[Fed(slot, 0, 14, (slot,)) for slot in (1, 2, 3)])
+    groups = {
+        "group_first_decodes": np.array([0, 1]),
+        "group_num_decodes": np.array([3, 2]),
+        "group_first_columns": np.array([0, 2]),
+        "group_num_columns": np.array([2, 1]),
+    }
+    assert hand.run(decode=[1, 2, 3], **groups).device_s == 3 * 15 - 2 * 8 - 4
+    assert hand.run(decode=[1, 2, 3]).device_s == 3 * 16
+
+
+def test_a_group_may_have_chunks():
+    per_read = CostModel(attention=AttentionCosts(position_s=1.0, layout_s=1.0))
+    hand = Hand(cost=per_read)
+    hand.run(SEQUENCES, fed=[Fed(slot, 0, 8, (1,) if slot == 1 else ()) for slot in (1, 2, 3)])
+    groups = {
+        "group_first_decodes": np.array([0]),
+        "group_num_decodes": np.array([1]),
+        "group_first_columns": np.array([0]),
+        "group_num_columns": np.array([2]),
+        "group_first_chunks": np.array([0]),
+        "group_num_chunks": np.array([2]),
+    }
+    fed = [Fed(2, 8, 3), Fed(3, 8, 2)]
+    assert hand.run(decode=[1], fed=fed, **groups).device_s == 9 + 11 + 10 - 2 * 8
+
+
+def test_draws_cost_by_the_sampling_of_their_slots_and_scored_prompts_pass_the_head():
+    cost = CostModel(
+        head=Curve.roofline(0.0, 100.0), draws=DrawCosts(sampled_s=1.0, logprobs_s=10.0)
+    )
+    hand = Hand(cost=cost)
+    entering = [Entering(0), Entering(1, num_logprobs=3)]
+    first = hand.run(entering, fed=[Fed(0, 0, 5, (0,)), Fed(1, 0, 4, (1,))])
+    assert first.device_s == 200 + 1 + 11
+    assert hand.run(decode=[0]).device_s == 101
+    assert hand.run(decode=[0, 1]).device_s == 200 + 1 + 11
+    scored = hand.run([Entering(2)], fed=[Fed(2, 0, 6, num_logprobs=0)])
+    assert scored.device_s == 600 + 60

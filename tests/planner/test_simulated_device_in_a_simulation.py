@@ -18,7 +18,9 @@ class Both:
 
     def __init__(self, checking) -> None:
         self.checking = checking
-        self.simulated = SimulatedDevice(fixed(0.5), NEVER, checking.config.num_slots)
+        self.simulated = SimulatedDevice(
+            fixed(0.5), NEVER, checking.config.num_slots, checking.config.page_size
+        )
         self.drawn: dict[tuple[int, int], list[int]] = {}
         self.names: dict[int, tuple[int, int]] = {}
         self.num_forks = 0

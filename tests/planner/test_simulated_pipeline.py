@@ -11,7 +11,8 @@ from batches_by_hand import NEVER, Entering, Fed, batch_of
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import ConfigError
 from tokasaurus.planner.configuration import simulated_slices
-from tokasaurus.planner.cost_model import PRESETS, fixed
+from tokasaurus.planner.cost_model import fixed
+from tokasaurus.planner.named_costs import PRESETS
 from tokasaurus.planner.pipeline import SimulatedPipeline, Span, Stages, busy_shares
 from tokasaurus.planner.replay import Timing, replay
 from tokasaurus.planner.report import Report
@@ -25,7 +26,7 @@ class ByHand:
     """Batches written by hand on a pipeline that takes ``seconds`` for each."""
 
     def __init__(self, stages: Stages, seconds: float = 4.0) -> None:
-        device = SimulatedDevice(fixed(seconds), NEVER, 16)
+        device = SimulatedDevice(fixed(seconds), NEVER, num_slots=16, page_size=16)
         self.pipeline = SimulatedPipeline(device, stages, 16)
         self.number = 0
 
@@ -76,7 +77,7 @@ def test_one_stage_never_waits_for_tokens():
 
 
 def test_a_result_says_how_long_the_last_stage_took():
-    device = SimulatedDevice(fixed(4.0), NEVER, 16)
+    device = SimulatedDevice(fixed(4.0), NEVER, num_slots=16, page_size=16)
     pipeline = SimulatedPipeline(device, Stages.of([3, 1]), 16)
     assert pipeline.run(batch_of(0, **prompt_of(0)), 0.0)[0].device_s == 1
 

@@ -8,7 +8,8 @@ import msgspec
 
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.planner.configuration import simulated_slices
-from tokasaurus.planner.cost_model import CostModel, fixed
+from tokasaurus.planner.cost_model import CostModel, HostCosts, fixed
+from tokasaurus.planner.curve import Curve
 from tokasaurus.planner.pipeline import Stages
 from tokasaurus.planner.replay import Replay, Timing
 from tokasaurus.planner.trace import TraceRequest
@@ -167,7 +168,7 @@ def test_replicas_are_judged_together_and_values_are_those_of_one():
 
 
 def test_a_pipeline_without_bubbles_is_not_limited_by_its_stages():
-    cost = CostModel(0.0, 1.0, 0.0, 1e12, 1e5, 0.001)
+    cost = CostModel(host=HostCosts(batch_s=0.001), layers=Curve.roofline(0.0, 1e-5))
     found = statistics_of(
         [request(100)], Timing(cost, stages=Stages((0.5, 0.5))), at=(300, 500), pp_size=2
     )

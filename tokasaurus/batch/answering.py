@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
@@ -18,10 +19,13 @@ from tokasaurus.batch.lines import (
     usage_of,
 )
 from tokasaurus.batch.recorder import Recorder
-from tokasaurus.batch.records import Usage
+from tokasaurus.batch.records import Usage, new_id
 from tokasaurus.batch.store import NewAnswer
+from tokasaurus.observability.request_names import serving
 
 __all__ = ["Answer", "Answering"]
+
+log = logging.getLogger(__name__)
 
 _CHUNK_LINES, _CHUNK_BYTES = 64, 4 << 20  # read at once
 _LARGE_BODY = 1 << 19  # bytes; larger answers are read in a thread
@@ -40,6 +44,7 @@ class Answering:
         answer: answers one request.
         capacity: what all batches share.
         write: writes a group of answers to the disk.
+        batch: what the log calls the batch.
     """
 
     def __init__(
@@ -47,7 +52,9 @@ class Answering:
         answer: Answer,
         capacity: Capacity,
         write: Callable[[list[NewAnswer]], Awaitable[object]],
+        batch: str,
     ) -> None:
+        self._batch = batch
         self._answer = answer
         self._capacity = capacity
         self._write = write
@@ -107,8 +114,11 @@ class Answering:
             data = error_line(line.custom_id, line.code, line.message)
             await recorder.keep(NewAnswer(line.line, data, True))
             return
-        status, body = await self._answer(line.url, line.body, priority=priority)
-        make = partial(_new_answer, line.line, line.custom_id, status, body)
+        request_id = new_id("req")  # in the log and in the answer
+        with serving(request_id):
+            log.debug("line %d of %s, custom_id %r", line.line, self._batch, line.custom_id)
+            status, body = await self._answer(line.url, line.body, priority=priority)
+        make = partial(_new_answer, line, status, body, request_id)
         answer = await asyncio.to_thread(make) if len(body) > _LARGE_BODY else make()
         await recorder.keep(answer)
 
@@ -135,7 +145,8 @@ def _take_some(lines: Iterator[Line]) -> list[Line]:
     return some
 
 
-def _new_answer(line: int, custom_id: str, status: int, body: bytes) -> NewAnswer:
+def _new_answer(line: Request, status: int, body: bytes, request_id: str) -> NewAnswer:
     is_error = status != 200
     usage = Usage() if is_error else usage_of(body)
-    return NewAnswer(line, answer_line(custom_id, status, body), is_error, usage)
+    data = answer_line(line.custom_id, status, body, request_id)
+    return NewAnswer(line.line, data, is_error, usage)

@@ -160,15 +160,20 @@ def _what_is_wrong(
 # --- results --------------------------------------------------------------------------------------
 
 
-def answer_line(custom_id: str, status: int, body: bytes) -> bytes:
+def answer_line(custom_id: str, status: int, body: bytes, request_id: str | None = None) -> bytes:
     """The result line of a request that was answered, possibly with an error.
 
     Args:
         custom_id: the request's.
         status: the HTTP status of the answer.
         body: the answer, JSON.
+        request_id: what the request was called in the log; None makes one up.
     """
-    response = {"status_code": status, "request_id": new_id("req"), "body": msgspec.Raw(body)}
+    response = {
+        "status_code": status,
+        "request_id": request_id or new_id("req"),
+        "body": msgspec.Raw(body),
+    }
     return _result_line(custom_id, response, None)
 
 

@@ -292,7 +292,7 @@ class BatchRunner:
             for number, line in read_lines(path)
             if number not in answered
         )
-        answering = job.answering = Answering(self._answer, self._capacity, write)
+        answering = job.answering = Answering(self._answer, self._capacity, write, batch.id)
         if self._leaving.is_set():
             answering.finish()
         work = asyncio.create_task(answering.run(unanswered))

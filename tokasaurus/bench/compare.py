@@ -28,7 +28,7 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.errors import ConfigError
 from tokasaurus.planner.configuration import simulated_slices
-from tokasaurus.planner.cost_model import cost_model
+from tokasaurus.planner.named_costs import cost_model
 from tokasaurus.planner.replay import Timing, replay
 from tokasaurus.planner.report import Report
 from tokasaurus.planner.trace import max_request_tokens

@@ -1,6 +1,6 @@
 """The main program of a simulated device's process.
 
-python -m tokasaurus.bench.device_process FD DIRECTORY SLOTS PLAN
+python -m tokasaurus.bench.device_process FD DIRECTORY SLOTS PAGE_SIZE PLAN
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 
 from tokasaurus.launch.doors import TO_MANAGER, TO_WORKER
 from tokasaurus.launch.lifeline import Lifeline, Ready
-from tokasaurus.planner.cost_model import cost_model
 from tokasaurus.planner.lengths import DrawnLengths
+from tokasaurus.planner.named_costs import cost_model
 from tokasaurus.planner.pipeline import SimulatedPipeline, Stages
 from tokasaurus.planner.simulated_device import VOCAB_SIZE, SimulatedDevice
 from tokasaurus.planner.worker_loop import DeviceStatistics, work
@@ -43,12 +43,12 @@ def main() -> None:
     """Runs batches until the lifeline is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lifeline = Lifeline(socket.socket(fileno=int(sys.argv[1])))
-    directory, num_slots = Path(sys.argv[2]), int(sys.argv[3])
-    plan = msgspec.json.decode(sys.argv[4], type=DevicePlan)
+    directory, num_slots, page_size = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    plan = msgspec.json.decode(sys.argv[5], type=DevicePlan)
     threading.Thread(target=_await_end, args=(lifeline,), daemon=True).start()
     lengths = DrawnLengths(np.array(plan.output_tokens, np.int64))
     device = SimulatedPipeline(
-        SimulatedDevice(cost_model(plan.cost), lengths, num_slots, plan.vocab_size),
+        SimulatedDevice(cost_model(plan.cost), lengths, num_slots, page_size, plan.vocab_size),
         Stages.equal(plan.pp_size),
         num_slots,
     )

@@ -89,11 +89,13 @@ class _Processes:
     def _start(self, *, listener: socket.socket | None = None) -> None:
         """Starts all processes and waits until they are ready. Raises EngineDead if one fails."""
         self._spawn_role("manager")
+        manager = self._slices.replicas[0].manager
         self._spawn(
             "device",
             "tokasaurus.bench.device_process",
             str(self._directory),
-            str(self._slices.replicas[0].manager.num_slots),
+            str(manager.num_slots),
+            str(manager.page_size),
             msgspec.json.encode(self._plan).decode(),
         )
         if listener is not None:

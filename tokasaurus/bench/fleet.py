@@ -156,7 +156,12 @@ class Fleet:
         self._place_s = self._absorb_s = 0.0
         self._num_placed = self._num_absorbed = 0
         self._replicas = [
-            _Replica(self, number, config, SimulatedDevice(cost, lengths, config.num_slots))
+            _Replica(
+                self,
+                number,
+                config,
+                SimulatedDevice(cost, lengths, config.num_slots, config.page_size),
+            )
             for number in range(num_replicas)
         ]
         seats = Seats(config.max_seqs_per_forward, config.num_pages * config.page_size)

@@ -25,7 +25,7 @@ from tokasaurus.bench.manager_cost import (
 from tokasaurus.bench.output import print_json, progress, table
 from tokasaurus.bench.requests import MIXES
 from tokasaurus.config.schema import Schema, check_fields, flag
-from tokasaurus.planner.cost_model import cost_model
+from tokasaurus.planner.named_costs import cost_model
 
 __all__ = ["SCHEMA", "ManagerBenchConfig", "run"]
 

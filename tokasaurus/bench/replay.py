@@ -21,7 +21,7 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import Schema, flag
 from tokasaurus.errors import ConfigError
 from tokasaurus.planner.configuration import simulated_slices
-from tokasaurus.planner.cost_model import cost_model
+from tokasaurus.planner.named_costs import cost_model
 from tokasaurus.planner.pipeline import Stages
 from tokasaurus.planner.replay import Timing, replay
 from tokasaurus.planner.report import Report
@@ -38,8 +38,8 @@ class ReplayFlags:
     cost: str = flag(
         "llama-1b-h100",
         group="Replay",
-        help="The device's cost model: llama-1b-h100, llama-8b-h100, instant, or fixed:SECONDS"
-        " for each batch.",
+        help="The device's cost model: llama-1b-h100, llama-8b-h100, instant, fixed:SECONDS for"
+        " each batch, or a file that toka-bench calibrate has written.",
     )
     manager_ms: float | None = flag(
         0.0,

@@ -37,8 +37,8 @@ from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ConfigError
 from tokasaurus.planner.configuration import simulated_slices
-from tokasaurus.planner.cost_model import cost_model
 from tokasaurus.planner.lengths import DrawnLengths
+from tokasaurus.planner.named_costs import cost_model
 from tokasaurus.protocol.messages import (
     FinishReason,
     FromServer,

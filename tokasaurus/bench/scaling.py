@@ -30,8 +30,8 @@ from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.manager.manager import Manager
 from tokasaurus.planner.configuration import simulated_slices
-from tokasaurus.planner.cost_model import cost_model
 from tokasaurus.planner.lengths import DrawnLengths
+from tokasaurus.planner.named_costs import cost_model
 from tokasaurus.planner.simulated_device import STOP_ID, VOCAB_SIZE
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import Eta, GenerateRequest, Sampling

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokasaurus.config.builder import Builder
+from tokasaurus.config.other_engines import OTHER_ENGINES
 from tokasaurus.config.schema import Retired, Schema, check_fields, flag
-from tokasaurus.config.suggestions import OTHER_ENGINES
 
 __all__ = ["ENGINE", "EngineConfig"]
 
@@ -37,7 +37,6 @@ _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 _PROCESSES = ("server", "manager", "model", "worker")
 
 # Features still to come: a flag for one is refused with "... is not available yet".
-_CUDA_GRAPHS = "running batches as CUDA graphs"
 _WANDB = "the report to Weights & Biases"
 
 
@@ -76,6 +75,13 @@ class EngineConfig:
         "auto",
         group=_MODEL,
         choices=("auto", "float32", "bfloat16", "float16"),
+        synonyms={
+            "float": "float32",
+            "fp32": "float32",
+            "bf16": "bfloat16",
+            "half": "float16",
+            "fp16": "float16",
+        },
         help=(
             "Precision of weights, activations and KV cache. auto: bfloat16 on cuda; on cpu, "
             "bfloat16 if the checkpoint has it and the processor, or instruction_set, multiplies "
@@ -95,6 +101,7 @@ class EngineConfig:
         "auto",
         group=_MODEL,
         choices=("auto", "cpu", "cuda"),
+        synonyms={"gpu": "cuda"},
         help="Where the model runs. auto: cuda if the machine has it.",
     )
     attention: str = flag(
@@ -413,6 +420,15 @@ class EngineConfig:
         help="Log level of the web server; warning hides the line for each request.",
     )
     log_level: str = flag("INFO", group=_LOGGING, choices=_LEVELS, help="Log level of the engine.")
+    log_format: str = flag(
+        "text",
+        group=_LOGGING,
+        choices=("text", "json"),
+        help=(
+            "text: lines for people. json: one JSON object per line, from every process, with "
+            "time, level, process, message and, where they apply, request_id and traceback."
+        ),
+    )
     log_procs: tuple[str, ...] | None = flag(
         None,
         group=_LOGGING,
@@ -626,33 +642,32 @@ class EngineConfig:
     use_cudagraphs: bool = flag(
         True,
         group=_GRAPHS,
-        later=_CUDA_GRAPHS,
-        accepts=(False,),
         help=(
-            "Run batches of generated tokens as CUDA graphs if the device has them. For now all "
-            "batches run without, whatever this says."
+            "On cuda, run small batches of generated tokens as CUDA graphs: the device repeats "
+            "recorded kernels, and Python launches none. Batches with prompts, or with a shared "
+            "prefix that is read once, run as usual. On cpu it changes nothing."
         ),
     )
     cudagraph_max_size: int = flag(
         128,
         group=_GRAPHS,
         minimum=1,
-        later=_CUDA_GRAPHS,
-        help="Sequences in the largest captured batch.",
+        help="Sequences in the largest graph, a multiple of cudagraph_step.",
     )
     cudagraph_step: int = flag(
         16,
         group=_GRAPHS,
         minimum=1,
-        later=_CUDA_GRAPHS,
-        help="Distance between captured batch sizes.",
+        help=(
+            "Sequences by which each graph is larger than the next smaller one. A batch runs as "
+            "the smallest graph that has room for it."
+        ),
     )
     cudagraph_max_kv_indices_per_seq: int = flag(
         32768,
         group=_GRAPHS,
         minimum=1,
-        later=_CUDA_GRAPHS,
-        help="Page-table room per sequence of a captured batch.",
+        help="Pages of a sequence in a graph. A batch with a longer one runs as usual.",
     )
 
     use_hydragen: bool | None = flag(
@@ -918,6 +933,7 @@ ENGINE = Schema(
         "toka model=meta-llama/Llama-3.2-1B-Instruct port=8080",
         "toka model=my_directory kv_cache_num_tokens='(512 * 1024)' .uvsh",
         "toka config=engine.yaml max_seqs_per_forward=256 --show",
+        "toka model=my_directory kv_cache_num_tokens=auto --show-memory",
     ),
     shortcuts={"uvsh": _uvsh, "dmanager": _dmanager, "dmodel": _dmodel, "par": _par},
     retired={

@@ -43,6 +43,9 @@ def print_page(schema: Schema[Any]) -> None:
         _print_title(console, "Examples")
     for example in schema.examples:
         console.print(Text(f"  {example}"))
+    if schema.commands:
+        _print_title(console, f"Commands ({schema.program} COMMAND --help lists their flags)")
+        _print_pairs(console, width, schema.commands.items())
     _print_title(console, "Grammar")
     _print_pairs(console, width, _GRAMMAR)
     if schema.shortcuts:

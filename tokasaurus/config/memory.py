@@ -1,14 +1,18 @@
-"""How the memory of a device is divided: process, weights, the largest batch, then the KV cache."""
+"""How the memory of a device is divided: process, weights, the largest batch, then the KV cache.
+
+All of it is arithmetic, from the shapes of the model. On CUDA the worker measures later what it
+takes, and gives the KV cache the rest (``model.worker.memory_profile``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tokasaurus.config.slices import ModelFacts
+from tokasaurus.config.slices import MemoryItem, ModelFacts
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["Memory", "size_text"]
+__all__ = ["Memory", "amount"]
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -29,8 +33,15 @@ _PROCESS_BYTES = 512 << 20
 _PART_LOGITS = 1 << 25
 _LOGIT_BYTES = 64
 
+# Of these: the product and the logits in fp32.
+_HEAD_BYTES = 8
+
 # The share of the free memory that stays free if the KV cache takes the rest.
 _SPARE = 0.1
+
+# Partial results of attention on CUDA: a row has two, in fp32, if it is in a prefix group, and one
+# more for each group that this group lies in.
+_PARTIALS = 2
 
 
 @dataclass(frozen=True)
@@ -88,10 +99,66 @@ class Memory:
 
     def batch_bytes(self, num_tokens: int) -> int:
         """The most bytes of tensors that a batch of this number of tokens has at a time."""
-        layers = num_tokens * self.facts.activation_elements_per_token * self._element_bytes
-        vocab_size = self.facts.vocab_size
+        return sum(item.num_bytes for item in self._batch_items(num_tokens))
+
+    def items(self, num_tokens: int, max_tokens: int) -> list[MemoryItem]:
+        """What takes memory: a KV cache and batches of these sizes, and what comes before them.
+
+        Args:
+            num_tokens: of the KV cache.
+            max_tokens: of a batch.
+        """
+        facts = self.facts
+        return [
+            MemoryItem("process", _PROCESS_BYTES, "interpreter, libraries, tables of slots"),
+            MemoryItem(
+                "weights",
+                self.weight_bytes,
+                f"{facts.num_parameters:,} numbers in {self._weight_dtype}{self._share}",
+            ),
+            *self._batch_items(max_tokens),
+            MemoryItem(
+                "KV cache",
+                self.kv_bytes(num_tokens),
+                f"{num_tokens:,} tokens of {self.kv_bytes(1):,} bytes in {self.dtype}",
+            ),
+        ]
+
+    def _batch_items(self, num_tokens: int) -> list[MemoryItem]:
+        facts, vocab_size = self.facts, self.facts.vocab_size
+        layers = num_tokens * facts.activation_elements_per_token * self._element_bytes
         rows = min(num_tokens, max(_PART_LOGITS // vocab_size, 1))
-        return layers + rows * vocab_size * _LOGIT_BYTES
+        logits = rows * vocab_size
+        items = [
+            MemoryItem(
+                "activations",
+                layers,
+                f"{num_tokens:,} tokens of a batch, {facts.activation_elements_per_token:,} numbers"
+                f" each in {self.dtype}",
+            ),
+            MemoryItem(
+                "logits", logits * _HEAD_BYTES, f"{rows:,} rows of {vocab_size:,} at a time"
+            ),
+            MemoryItem(
+                "sampling",
+                logits * (_LOGIT_BYTES - _HEAD_BYTES),
+                "the same rows with every filter, penalty and logprob",
+            ),
+        ]
+        if self.device != "cpu":
+            items.append(
+                MemoryItem(
+                    "attention",
+                    self._partial_bytes(num_tokens),
+                    f"{_PARTIALS} partial results for each of {num_tokens:,} rows",
+                )
+            )
+        return items
+
+    def _partial_bytes(self, num_rows: int) -> int:
+        facts = self.facts
+        head_dim = facts.kv_elements_per_token // (2 * facts.num_layers * facts.num_kv_heads)
+        return num_rows * _PARTIALS * ceil_div(facts.num_heads, self.tp_size) * (head_dim + 1) * 4
 
     def room(self, max_tokens: int) -> int | None:
         """Tokens of KV cache that fit beside weights and the largest batch; None if unknown."""
@@ -99,6 +166,13 @@ class Memory:
             return None
         left = self.free_bytes - self._for_weights - self.batch_bytes(max_tokens)
         return max(0, left) // self.kv_bytes(1)
+
+    @property
+    def most_room(self) -> int | None:
+        """Tokens of KV cache that weights leave room for, if batches took none; None if unknown."""
+        if self.free_bytes is None:
+            return None
+        return max(0, self.free_bytes - self._for_weights) // self.kv_bytes(1)
 
     def usual_room(self, max_tokens: int) -> int | None:
         """The same, where a part of the memory stays free; None if unknown."""
@@ -124,47 +198,53 @@ class Memory:
 
     def weights_do_not_fit(self) -> str:
         """Why, and what helps."""
-        need = f"the weights take {size_text(self.weight_bytes)} in {self._weight_dtype}"
+        need = f"the weights take {amount(self.weight_bytes)} in {self._weight_dtype}"
         remedy = "free memory, or serve a smaller model"
         if self._element_bytes > 2 and self.quantization is None:
             remedy = f"dtype=bfloat16 takes half; otherwise {remedy}"
-        return f"{need} and the process {size_text(_PROCESS_BYTES)}, and {self._free()}; {remedy}"
+        return f"{need} and the process {amount(_PROCESS_BYTES)}, and {self._free()}; {remedy}"
 
     def batch_does_not_fit(self, num_tokens: int) -> str:
         """Why a batch of this size does not fit, and which does."""
         fitting = next((size for size in _smaller(num_tokens) if self.batch_fits(size)), None)
         remedy = "free memory" if fitting is None else f"max_tokens_per_forward={fitting} fits"
         return (
-            f"needs {size_text(self.batch_bytes(num_tokens))} for the tensors of a batch; "
-            f"{self._free()}, of which {size_text(self.weight_bytes)} are for weights and"
-            f" {size_text(_PROCESS_BYTES)} for the process; {remedy}"
+            f"needs {amount(self.batch_bytes(num_tokens))} for the tensors of a batch; "
+            f"{self._free()}, of which {amount(self.weight_bytes)} are for weights and"
+            f" {amount(_PROCESS_BYTES)} for the process; {remedy}"
         )
 
     def kv_does_not_fit(self, num_tokens: int, max_tokens: int) -> str:
         """Why a KV cache of this size does not fit beside batches of ``max_tokens``."""
         return (
-            f"needs a KV cache of {num_tokens} tokens, {size_text(self.kv_bytes(num_tokens))} in"
-            f" {self.dtype}; {self._free()}, and beside {size_text(self.weight_bytes)} of weights,"
-            f" {size_text(self.batch_bytes(max_tokens))} for batches of {max_tokens} tokens and"
-            f" {size_text(_PROCESS_BYTES)} for the process this holds {self.room(max_tokens)}"
+            f"needs a KV cache of {num_tokens} tokens, {amount(self.kv_bytes(num_tokens))} in"
+            f" {self.dtype}; {self._free()}, and beside {amount(self.weight_bytes)} of weights,"
+            f" {amount(self.batch_bytes(max_tokens))} for batches of {max_tokens} tokens and"
+            f" {amount(_PROCESS_BYTES)} for the process this holds {self.room(max_tokens)}"
         )
-
-    def used_bytes(self, num_tokens: int, max_tokens: int) -> int:
-        """The most that a worker takes, with a KV cache and batches of these sizes."""
-        return self._for_weights + self.kv_bytes(num_tokens) + self.batch_bytes(max_tokens)
 
     def plan(self, num_tokens: int, max_tokens: int) -> str:
         """One line that says what takes how much: a KV cache and batches of these sizes."""
         batch_bytes = self.batch_bytes(max_tokens)
-        used = self.used_bytes(num_tokens, max_tokens)
-        rest = "" if self.free_bytes is None else f", {size_text(self.free_bytes - used)} to spare"
+        used = self._for_weights + self.kv_bytes(num_tokens) + batch_bytes
+        rest = "" if self.free_bytes is None else f", {amount(self.free_bytes - used)} to spare"
         return (
-            f"memory: {self._free()}; {size_text(self.weight_bytes)} for weights in"
+            f"memory: {self._free()}; {amount(self.weight_bytes)} for weights in"
             f" {self._weight_dtype},"
-            f" {size_text(self.kv_bytes(num_tokens))} for a KV cache of {num_tokens} tokens,"
-            f" at most {size_text(batch_bytes)} for a batch of {max_tokens} tokens,"
-            f" {size_text(_PROCESS_BYTES)} for the process{rest}"
+            f" {amount(self.kv_bytes(num_tokens))} for a KV cache of {num_tokens} tokens, at most"
+            f" {amount(batch_bytes)} for a batch of {max_tokens} tokens, {amount(_PROCESS_BYTES)}"
+            f" for the process{rest}"
         )
+
+    @property
+    def _share(self) -> str:
+        """Which part of the model a worker has, if not all of it."""
+        parts = []
+        if self.pp_size > 1:
+            parts.append(f"{self._most_layers} of {self.facts.num_layers} layers")
+        if self.tp_size > 1:
+            parts.append(f"a share of 1/{self.tp_size}")
+        return ", of which this worker has " + ", ".join(parts) if parts else ""
 
     @property
     def _most_layers(self) -> int:
@@ -202,10 +282,10 @@ class Memory:
         if self.free_bytes is None:
             return f"the free memory of {self.device} is unknown"
         if self.num_sharing == 1 or self.memory_bytes is None:
-            return f"{self.device} has {size_text(self.free_bytes)} free"
+            return f"{self.device} has {amount(self.free_bytes)} free"
         return (
-            f"{self.device} has {size_text(self.memory_bytes)} free,"
-            f" {size_text(self.free_bytes)} for each of {self.num_sharing} workers"
+            f"{self.device} has {amount(self.memory_bytes)} free, {amount(self.free_bytes)} for"
+            f" each of {self.num_sharing} workers"
         )
 
 
@@ -217,8 +297,8 @@ def _smaller(num_tokens: int) -> Iterator[int]:
         power //= 2
 
 
-def size_text(num_bytes: int) -> str:
-    """A number of bytes for people to read."""
+def amount(num_bytes: int) -> str:
+    """Bytes in the unit that people read."""
     for scale, unit in _SCALES:
         if num_bytes >= scale:
             return f"{num_bytes / scale:.1f} {unit}"

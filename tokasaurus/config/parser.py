@@ -1,7 +1,7 @@
 """The command lines of ``toka`` and of the other commands, whose flags are dataclasses too.
 
-Owns everything around the grammar: help, ``--version``, ``--show``, the environment variable
-``OVERRIDES``, warnings, and the exit status of a wrong command line.
+Owns everything around the grammar: help, ``--version``, ``--show`` and other questions, the
+environment variable ``OVERRIDES``, warnings, and the exit status of a wrong command line.
 """
 
 from __future__ import annotations
@@ -37,11 +37,16 @@ C = TypeVar("C")
 Explain: TypeAlias = Callable[[C], Sequence[str]]
 """Lines about a configuration that ``--show`` adds as comments."""
 
+Answers: TypeAlias = Mapping[str, Callable[[C], str]]
+"""Words that ask about a configuration, such as ``--show-memory``, and what answers them."""
+
 
 def parse_command_line(
     arguments: Sequence[str],
     environment: Mapping[str, str],
     explain: Explain[EngineConfig] | None = None,
+    commands: Mapping[str, str] | None = None,
+    answers: Answers[EngineConfig] | None = None,
     *,
     is_quiet: bool = False,
 ) -> EngineConfig:
@@ -49,14 +54,16 @@ def parse_command_line(
 
     The words of the environment variable OVERRIDES, split as a shell splits them, count as if they
     followed the arguments. Warnings go to standard error unless ``is_quiet``. ``--show`` adds what
-    ``explain`` says.
+    ``explain`` says. ``--help`` lists the program's ``commands``.
 
     Raises:
         ConfigError: one line for each thing that is wrong.
-        SystemExit: with status 0, after printing what ``--help``, ``--version`` or ``--show`` asked
-            for.
+        SystemExit: with status 0, after printing what ``--help``, ``--version``, ``--show`` or a
+            word of ``answers`` asked for.
     """
-    return parse(ENGINE, arguments, environment.get("OVERRIDES", ""), explain, is_quiet=is_quiet)
+    schema = dataclasses.replace(ENGINE, commands=commands or {})
+    overrides = environment.get("OVERRIDES", "")
+    return parse(schema, arguments, overrides, explain, answers, is_quiet=is_quiet)
 
 
 def parse_or_exit(schema: Schema[C], arguments: Sequence[str]) -> C:
@@ -73,6 +80,7 @@ def parse(
     arguments: Sequence[str],
     overrides: str = "",
     explain: Explain[C] | None = None,
+    answers: Answers[C] | None = None,
     *,
     is_quiet: bool = False,
 ) -> C:
@@ -80,7 +88,8 @@ def parse(
     if answer_question(arguments, partial(print_help, schema)):
         raise SystemExit(0)
     builder = Builder(schema)
-    reader = Reader(schema, builder)
+    answers = answers or {}
+    reader = Reader(schema, builder, {"--show", *answers})
     reader.read(arguments)
     try:
         words = shlex.split(overrides)
@@ -92,12 +101,16 @@ def parse(
     parsed = builder.finish()
     for line in () if is_quiet else parsed.warnings:
         print(f"{schema.program}: warning: {line}", file=sys.stderr)
-    if reader.show:
+    if not reader.asked:
+        return parsed.value
+    if "--show" in reader.asked:
         print(show(parsed.value), end="")
         for line in explain(parsed.value) if explain is not None else ():
             print(f"# {line}")
-        raise SystemExit(0)
-    return parsed.value
+    for word, answer in answers.items():
+        if word in reader.asked:
+            print(answer(parsed.value))
+    raise SystemExit(0)
 
 
 def with_keys(words: Sequence[str], schema: Schema[Any]) -> list[str]:

@@ -56,12 +56,14 @@ toka model=meta-llama/Llama-3.2-1B-Instruct port=8080 kv_cache_num_tokens='(128 
 | `.dmanager`, `.dmodel` | `local_proc_name=manager` or `model`, which runs in the foreground |
 | `.par(dp=2, pp=2, tp=1)` | `dp_size`, `pp_size` and `tp_size` |
 | `--show` | print the configuration as YAML, which `config=` reads back, and exit |
+| `--show-memory` | print what takes how much memory, as a table, and exit (`toka` only) |
 | `--version` | print the version and exit |
 | `--help`, `-h` or just `help` | print the help and exit |
 
 Arguments are read from left to right, and later ones win. The environment variable `OVERRIDES`
 holds more arguments, written as in a shell, which are read after all others. All errors are
-reported at once. An unknown name is reported with the nearest flag.
+reported at once. The error about an unknown name says which flag has its words, or which of ours
+does what another engine's flag of that name does.
 
 In Python, `EngineConfig.from_flags(model=..., page_size=32)` and `LLM(model, page_size=32)` take
 the same keys with Python values.
@@ -139,6 +141,9 @@ def _row(prefix: str, flag: Flag) -> Row:
         default = notes.usually or str(flag.default)
     unset = "Adapts" if notes.usually else "None"
     adapts = f" {unset}: {notes.adapts}." if notes.adapts else ""
+    also = ", ".join(notes.synonyms)
+    if also:
+        adapts += f" Also accepted: {also}."
     return Row(
         name=f"{prefix}{flag.name}",
         default=default,

@@ -14,7 +14,6 @@ import ipaddress
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from tokasaurus.cartridges.specification import ModelShape
@@ -22,6 +21,8 @@ from tokasaurus.config.determinism import check_determinism, plan_determinism
 from tokasaurus.config.devices import choose_device, device_index
 from tokasaurus.config.dtype import choose_dtype
 from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.graphs import check_graphs, graph_sizes
+from tokasaurus.config.limits import Limits, plan_limits, plan_memory
 from tokasaurus.config.memory import Memory
 from tokasaurus.config.slices import (
     AdmissionConfig,
@@ -36,17 +37,11 @@ from tokasaurus.config.slices import (
 from tokasaurus.errors import ConfigError
 from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode, Pooling
 from tokasaurus.protocol.role import Kind
-from tokasaurus.rounding import round_up
 
 __all__ = ["BUNDLED_MODEL_NAME", "data_dir_of", "resolve"]
 
 BUNDLED_MODEL_NAME = "tokasaurus-demo"
 
-DEFAULT_KV_TOKENS = 131072
-DEFAULT_PAGE_SIZE = 16
-DEFAULT_MAX_SEQS = 1024
-DEFAULT_MAX_TOKENS = 8192
-LEAST_MAX_TOKENS = 256  # where memory is short and the user set none
 STATSD_PORT = 8125
 STOP_LAG = 16  # tokens
 
@@ -105,13 +100,18 @@ def resolve(
         config.pp_size,
         config.tp_size,
     )
-    limits = _limits(config, facts.max_position_embeddings, memory, problems)
+    if not memory.has_room_for_weights:
+        problems.append(
+            f"model={config.model or BUNDLED_MODEL_NAME}: {memory.weights_do_not_fit()}"
+        )
+    limits = plan_limits(config, facts.max_position_embeddings, memory, problems)
     obstacle = check_determinism(config, device)
     if config.deterministic and obstacle is not None:
         problems.append(f"deterministic=T: {obstacle}, or leave deterministic out")
     _check_stages(config, facts, problems)
     _check_shares(config, facts, problems)
     _check_access(config, problems)
+    check_graphs(config, device, problems)
     if problems:
         raise ConfigError("\n".join(problems))
     return EngineSlices(
@@ -127,31 +127,20 @@ def resolve(
             for replica in range(config.dp_size)
         ),
         dtype_plan=dtype.reason,
-        memory_plan=memory.plan(limits.num_pages * limits.page_size, limits.max_tokens),
-        worker_bytes=memory.used_bytes(limits.num_pages * limits.page_size, limits.max_tokens),
+        memory_plan=plan_memory(memory, limits),
         determinism_plan=plan_determinism(config, obstacle),
         stall_timeout_s=config.stall_timeout_s,
         replica_restarts=config.replica_restarts,
         profile_path=f"{data_dir_of(config)}/profile.json" if config.profile else None,
         profile_num_batches=config.profile_num_batches,
         log_level=config.log_level,
+        log_format=config.log_format,
         log_procs=None
         if config.log_procs is None
         else tuple(_KINDS[name] for name in config.log_procs),
         local_proc_name=_KINDS[config.local_proc_name],
         server_processes=config.server_processes,
     )
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """Sizes that are consistent with one another."""
-
-    page_size: int
-    num_pages: int
-    max_request_tokens: int
-    max_seqs: int
-    max_tokens: int
 
 
 def _check_quantization(config: EngineConfig, device: str, dtype: str, problems: list[str]) -> None:
@@ -206,112 +195,6 @@ def _check_shares(config: EngineConfig, facts: ModelFacts, problems: list[str]) 
     problems.append(
         f"tp_size={size} does not divide the model's {reason}; these do: {', '.join(working)}"
     )
-
-
-def _limits(
-    config: EngineConfig, max_positions: int, memory: Memory, problems: list[str]
-) -> _Limits:
-    """Sizes of the KV cache and of a batch."""
-    page_size = _page_size(config, problems)
-    asked = config.max_num_tokens_per_request
-    if not memory.has_room_for_weights:
-        problems.append(
-            f"model={config.model or BUNDLED_MODEL_NAME}: {memory.weights_do_not_fit()}"
-        )
-    batch = _batch_size(config, memory, problems)
-    kv_tokens = _kv_tokens(config, page_size, asked or max_positions, batch, memory, problems)
-    if asked is not None and asked > max_positions:
-        problems.append(
-            f"max_num_tokens_per_request={asked}: the model has {max_positions} positions; "
-            "lower it, or stretch the model with rope_scaling"
-        )
-    return _Limits(
-        page_size=page_size,
-        num_pages=kv_tokens // page_size,
-        max_request_tokens=asked or min(max_positions, kv_tokens),
-        max_seqs=batch.max_seqs,
-        max_tokens=batch.max_tokens,
-    )
-
-
-def _page_size(config: EngineConfig, problems: list[str]) -> int:
-    kv_tokens, page_size = config.kv_cache_num_tokens, config.page_size
-    if page_size is not None and isinstance(kv_tokens, int) and kv_tokens % page_size:
-        below = kv_tokens // page_size * page_size
-        nearby = f"{below} or {below + page_size}" if below else f"{page_size}"
-        problems.append(
-            f"kv_cache_num_tokens={kv_tokens} is not a multiple of page_size={page_size}; "
-            f"set kv_cache_num_tokens={nearby}, or leave page_size out"
-        )
-    return page_size or DEFAULT_PAGE_SIZE
-
-
-def _kv_tokens(
-    config: EngineConfig,
-    page_size: int,
-    longest: int,
-    batch: _BatchSize,
-    memory: Memory,
-    problems: list[str],
-) -> int:
-    """Tokens in the KV cache, a whole number of pages.
-
-    Args:
-        longest: tokens of the longest request, if the cache does not limit it.
-    """
-    tokens, asked = config.kv_cache_num_tokens, config.max_num_tokens_per_request
-    room = memory.room(batch.max_tokens) if memory.has_room_for_weights else None
-    if tokens is None or tokens == "auto":
-        flag = f"max_num_tokens_per_request={asked}" if asked else f"page_size={page_size}"
-        remedy = "lower it, or free memory"
-        most = DEFAULT_KV_TOKENS
-        if tokens == "auto" and room is not None:
-            # Sequences that run together fill no more.
-            most = batch.max_seqs * round_up(longest, page_size)
-        usual = memory.usual_room(batch.max_tokens)
-        tokens = most if usual is None else min(most, usual)
-        tokens = max(tokens // page_size * page_size, round_up(asked or 1, page_size))
-    else:
-        if asked is not None and asked > tokens:
-            problems.append(
-                f"max_num_tokens_per_request={asked} does not fit into "
-                f"kv_cache_num_tokens={tokens}; raise the second, or leave the first out"
-            )
-        tokens = round_up(tokens, page_size)
-        flag = f"kv_cache_num_tokens={config.kv_cache_num_tokens}"
-        fitting = (room or 0) // page_size * page_size
-        remedy = "auto takes what fits, less a tenth of the free memory"
-        if fitting:
-            remedy = f"kv_cache_num_tokens={fitting} fits, and {remedy}"
-    if room is not None and tokens > room and memory.batch_fits(batch.max_tokens):
-        problems.append(f"{flag} {memory.kv_does_not_fit(tokens, batch.max_tokens)}; {remedy}")
-    return tokens
-
-
-@dataclass(frozen=True)
-class _BatchSize:
-    """Sequences that run together, and tokens of a batch, which has at least one per sequence."""
-
-    max_seqs: int
-    max_tokens: int
-
-
-def _batch_size(config: EngineConfig, memory: Memory, problems: list[str]) -> _BatchSize:
-    seqs, tokens = config.max_seqs_per_forward, config.max_tokens_per_forward
-    if seqs is not None and tokens is not None and seqs > tokens:
-        problems.append(
-            f"max_seqs_per_forward={seqs} exceeds max_tokens_per_forward={tokens}, and each"
-            " running sequence takes a token of every step; lower the first, or leave one of"
-            " them out"
-        )
-    flag = f"max_tokens_per_forward={tokens}"
-    if tokens is None:
-        flag = f"max_seqs_per_forward={seqs}" if seqs else "the smallest batch"
-        tokens = memory.usual_batch(DEFAULT_MAX_TOKENS, LEAST_MAX_TOKENS)
-        tokens = max(tokens, seqs or 0)
-    if memory.has_room_for_weights and not memory.batch_fits(tokens):
-        problems.append(f"{flag} {memory.batch_does_not_fit(tokens)}")
-    return _BatchSize(seqs or min(DEFAULT_MAX_SEQS, tokens), tokens)
 
 
 def _check_access(config: EngineConfig, problems: list[str]) -> None:
@@ -399,7 +282,7 @@ def _digests(keys: tuple[str, ...] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_digest(key.partition(" ")[0]) for key in keys or ()))
 
 
-def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerConfig:
+def _server(config: EngineConfig, facts: ModelFacts, limits: Limits) -> ServerConfig:
     return ServerConfig(
         host=config.host,
         port=config.port,
@@ -465,7 +348,7 @@ def data_dir_of(config: EngineConfig) -> str:
     return config.data_dir or f"~/.local/share/tokasaurus/port-{config.port}"
 
 
-def _cartridges(config: EngineConfig, limits: _Limits) -> CartridgeConfig:
+def _cartridges(config: EngineConfig, limits: Limits) -> CartridgeConfig:
     return CartridgeConfig(
         directory=config.cartridge_dir,
         sources=config.cartridge_sources,
@@ -497,7 +380,7 @@ def _num_lanes(config: EngineConfig, device: str) -> int:
     return config.pp_size + buffers
 
 
-def _manager(config: EngineConfig, limits: _Limits, device: str) -> ManagerConfig:
+def _manager(config: EngineConfig, limits: Limits, device: str) -> ManagerConfig:
     min_group_size, min_prefix_len = _group_limits(config)
     return ManagerConfig(
         page_size=limits.page_size,
@@ -555,7 +438,7 @@ def _admission(config: EngineConfig) -> AdmissionConfig:
 def _worker(
     config: EngineConfig,
     facts: ModelFacts,
-    limits: _Limits,
+    limits: Limits,
     device: str,
     dtype: str,
     replica: int,
@@ -581,6 +464,8 @@ def _worker(
         load_format=config.load_format,
         page_size=limits.page_size,
         num_pages=limits.num_pages,
+        least_pages=limits.least_pages,
+        most_pages=limits.most_pages,
         num_slots=_num_slots(limits),
         max_seqs_per_forward=limits.max_seqs,
         max_tokens_per_forward=limits.max_tokens,
@@ -588,12 +473,14 @@ def _worker(
         max_topk_logprobs=_max_topk(config, facts),
         torch_compile=config.torch_compile,
         torch_compile_config=None if compiling is None else json.dumps(compiling, sort_keys=True),
+        cudagraph_sizes=graph_sizes(config, device, limits.max_seqs),
+        cudagraph_max_tokens=config.cudagraph_max_kv_indices_per_seq * limits.page_size,
         async_tp_threshold=config.async_tp_threshold,
         num_threads=config.cpu_threads,
     )
 
 
-def _num_slots(limits: _Limits) -> int:
+def _num_slots(limits: Limits) -> int:
     # The slot of a finished sequence stays unused until its last batch is absorbed.
     return 2 * limits.max_seqs
 

@@ -45,6 +45,7 @@ class _Notes:
     group: str = ""
     aliases: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    synonyms: Mapping[str, str] = field(default_factory=dict)
     minimum: float | None = None
     maximum: float | None = None
     adapts: str | None = None
@@ -65,6 +66,7 @@ def flag(default: Any = REQUIRED, **notes: Any) -> Any:
         group: the heading under which the help lists it.
         aliases: other names of the flag.
         choices: the allowed texts, read in any case and stored as spelled here.
+        synonyms: other programs' words for choices, in lower case; read as the choices they mean.
         minimum, maximum: inclusive bounds of a number.
         adapts: what None becomes, if that depends on other flags or on the model.
         usually: what None becomes as a rule; documentation shows it as the default.
@@ -137,10 +139,11 @@ class Flag:
         if isinstance(value, tuple):
             return tuple(self._choice(item) for item in value)
         by_lower = {choice.lower(): choice for choice in self.notes.choices}
+        by_lower.update(self.notes.synonyms)
         if value.lower() not in by_lower:
-            others = ", ".join(self.notes.choices)
-            near = by_lower[nearest(value.lower(), by_lower)]
-            raise BadValue(f"must be one of {others}; the nearest is {near}")
+            near = nearest(value.lower(), by_lower)
+            guess = "" if near is None else f"; the nearest is {by_lower[near]}"
+            raise BadValue(f"must be one of {', '.join(self.notes.choices)}{guess}")
         return by_lower[value.lower()]
 
 
@@ -166,6 +169,7 @@ class Schema(Generic[C]):
         foreign: other programs' flags, for errors about them.
         reads_files: whether ``config=FILE`` reads the keys of a YAML file.
         examples: command lines for the help.
+        commands: what the program does instead if the first word is one of these, for its help.
     """
 
     target: type[C]
@@ -176,6 +180,7 @@ class Schema(Generic[C]):
     foreign: Mapping[str, Foreign] = field(default_factory=dict)
     reads_files: bool = False
     examples: tuple[str, ...] = ()
+    commands: Mapping[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Flag]:
         return iter(flags_of(self.target).values())
@@ -186,7 +191,8 @@ class Schema(Generic[C]):
         Raises:
             UnknownFlag: there is none.
         """
-        return find_flag(self.target, key, tuple(self.retired), self.foreign)
+        reasons = {name: retired.reason for name, retired in self.retired.items()}
+        return find_flag(self.target, key, reasons, self.foreign)
 
 
 _FLAGS: dict[type[Any], Mapping[str, Flag]] = {}  # type hints are slow to evaluate
@@ -214,14 +220,15 @@ def _read_flags(target: type[Any]) -> Mapping[str, Flag]:
 def find_flag(
     target: type[Any],
     key: str,
-    more_names: tuple[str, ...] = (),
+    more_helps: Mapping[str, str] | None = None,
     foreign: Mapping[str, Foreign] | None = None,
 ) -> Flag:
     """The flag of a dataclass with this name or alias; see :meth:`Schema.find`."""
     flags = {name: item for item in flags_of(target).values() for name in item.names}
     found = flags.get(key.replace("-", "_"))
     if found is None:
-        raise UnknownFlag(explain_unknown(key, (*flags, *more_names), foreign or {}))
+        helps = {name: item.notes.help for name, item in flags.items()}
+        raise UnknownFlag(explain_unknown(key, {**helps, **(more_helps or {})}, foreign or {}))
     return found
 
 

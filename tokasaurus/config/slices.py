@@ -14,6 +14,8 @@ __all__ = [
     "CartridgeConfig",
     "EngineSlices",
     "ManagerConfig",
+    "MemoryItem",
+    "MemoryPlan",
     "ModelFacts",
     "ReplicaSlices",
     "ServerConfig",
@@ -28,6 +30,7 @@ class ModelFacts:
     path: str  # local directory
     vocab_size: int
     num_layers: int
+    hidden_size: int
     num_heads: int
     num_kv_heads: int
     intermediate_size: int
@@ -149,7 +152,7 @@ class ManagerConfig:
     """The manager room's slice."""
 
     page_size: int  # tokens
-    num_pages: int
+    num_pages: int  # as planned; a worker that has measured its memory says how many there are
     # More than max_seqs_per_forward: a slot is reused only after its last batch is absorbed.
     num_slots: int
     max_seqs_per_forward: int  # running sequences
@@ -207,7 +210,10 @@ class WorkerConfig:
     deterministic: bool | None
     load_format: str  # "auto" or "dummy"
     page_size: int
-    num_pages: int
+    num_pages: int  # of the KV cache; where the device's memory can be measured, only planned
+    # Then the measurement decides, within these: the longest request needs the least.
+    least_pages: int
+    most_pages: int
     num_slots: int
     max_seqs_per_forward: int
     max_tokens_per_forward: int
@@ -215,6 +221,8 @@ class WorkerConfig:
     max_topk_logprobs: int
     torch_compile: bool
     torch_compile_config: str | None  # JSON
+    cudagraph_sizes: tuple[int, ...]  # in rows, ascending; () for none
+    cudagraph_max_tokens: int  # of a sequence in a graph
     # Tokens of a batch from which on products overlap with what ranks exchange; None for none.
     async_tp_threshold: int | None
     num_threads: int | None  # of the CPU backend; None leaves it to torch
@@ -234,14 +242,35 @@ class ReplicaSlices:
 
 
 @dataclass(frozen=True)
+class MemoryItem:
+    """A part of a device's memory."""
+
+    name: str
+    num_bytes: int
+    reason: str  # what the bytes follow from
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one worker takes of its device, by arithmetic, before anything is loaded."""
+
+    line: str  # for the log
+    device: str  # "cpu" or "cuda"
+    free_bytes: int | None  # what the worker may take; None if unknown
+    items: tuple[MemoryItem, ...]
+    kv_tokens: int  # of the KV cache
+    most_kv_tokens: int  # that a measurement may raise it to
+    max_request_tokens: int  # of a request
+
+
+@dataclass(frozen=True)
 class EngineSlices:
     """Everything that resolution decides."""
 
     server: ServerConfig
     replicas: tuple[ReplicaSlices, ...]  # at least one
     dtype_plan: str  # which dtype and why; a line for the log
-    memory_plan: str  # of each replica; a line for the log
-    worker_bytes: int  # of memory that each worker takes, at most
+    memory_plan: MemoryPlan  # of each worker
     determinism_plan: str  # whether results may depend on the batch, and why; a line for --show
     # How long a process that has work may show no progress before it counts as stalled.
     stall_timeout_s: float
@@ -249,6 +278,7 @@ class EngineSlices:
     profile_path: str | None  # of a trace; None for no trace
     profile_num_batches: int
     log_level: str
+    log_format: str  # "text" or "json"
     # Kinds of processes, as roles name them.
     log_procs: tuple[str, ...] | None
     # The kind of the process in the foreground; of several, it is the first.

@@ -6,7 +6,7 @@
     .shortcut   .shortcut(1, key=value)
     --in scope key=value ... in--
     --list key item item ... list--
-    --show
+    --show   --show-memory
 
 Words are read from left to right, and later ones win. Owns how words become keys and values. Knows
 no flags, and leaves the meaning of a value to the builder.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Generic, TypeVar
 
 from tokasaurus.config.builder import Builder, Texts
@@ -36,12 +36,20 @@ _SWITCH_WORDS = frozenset(["t", "f", "true", "false", "yes", "no", "on", "off", 
 class Reader(Generic[C]):
     """Reads the words of a command line into a builder.
 
+    Args:
+        schema: the flags.
+        builder: gets keys and values.
+        questions: words that ask for something instead of setting a flag.
+
     Attributes:
-        show: whether ``--show`` was among them.
+        asked: the questions that were among the words.
     """
 
-    def __init__(self, schema: Schema[C], builder: Builder[C]) -> None:
-        self.show = False
+    def __init__(
+        self, schema: Schema[C], builder: Builder[C], questions: Collection[str] = ()
+    ) -> None:
+        self.asked: set[str] = set()
+        self._questions = questions
         self._schema = schema
         self._builder = builder
         self._scopes: list[str] = []
@@ -57,8 +65,8 @@ class Reader(Generic[C]):
             self._scopes.clear()
 
     def _read_one(self, token: str) -> None:
-        if token == "--show":
-            self.show = True
+        if token in self._questions:
+            self.asked.add(token)
         elif token == "--in":
             self._open_scope()
         elif token == "in--":

@@ -11,10 +11,11 @@ from tokasaurus.config.resolve import resolve
 from tokasaurus.config.slices import EngineSlices
 from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.launch.machine import Devices, devices_here
+from tokasaurus.launch.memory_table import memory_table
 from tokasaurus.launch.model_files import find_model, find_model_here, find_tokenizer
 from tokasaurus.model.facts import model_facts
 
-__all__ = ["assemble", "explain"]
+__all__ = ["assemble", "explain", "show_memory"]
 
 
 def assemble(config: EngineConfig, devices: Devices | None = None) -> EngineSlices:
@@ -42,7 +43,23 @@ def explain(config: EngineConfig) -> list[str]:
         slices = _resolve(config, model)
     except (ConfigError, ModelError) as error:
         return [f"error: {line}" for line in str(error).splitlines()]
-    return [slices.dtype_plan, slices.memory_plan, slices.determinism_plan]
+    return [slices.dtype_plan, slices.memory_plan.line, slices.determinism_plan]
+
+
+def show_memory(config: EngineConfig) -> str:
+    """What takes how much memory, as a table, for ``--show-memory``. Loads and downloads nothing.
+
+    Raises:
+        ConfigError: the model is not here. Or flags contradict one another, the model or the
+            machine, which includes that they do not fit.
+        ModelError: the model's architecture is unknown.
+    """
+    model = find_model_here(config.model)
+    if model is None:
+        raise ConfigError(
+            f"model={config.model} is not here yet, and its size decides; download it first"
+        )
+    return memory_table(_resolve(config, model).memory_plan)
 
 
 def _resolve(config: EngineConfig, model: Path, devices: Devices | None = None) -> EngineSlices:

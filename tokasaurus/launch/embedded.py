@@ -75,7 +75,7 @@ class EmbeddedEngine(ProgramEngine):
         tokenizer = Tokenizer.load(config)
         self.manager = Manager(replace(replica.manager, scheduling_steps_ahead=steps_ahead))
         log.info("%s", slices.dtype_plan)
-        log.info("%s", slices.memory_plan)
+        log.info("%s", slices.memory_plan.line)
         # Without an end-of-sequence id no text is ever complete, and the preparer refuses grammars.
         load_vocabulary = partial(tokenizer.vocabulary, config.eos_token_ids)
         # The caller's process may use a device already: the worker joins it there.

@@ -14,7 +14,7 @@ from pathlib import Path
 from tokasaurus.demo import MODEL_DIR
 from tokasaurus.errors import ModelError
 
-__all__ = ["download", "find_model", "find_model_here", "find_tokenizer"]
+__all__ = ["download", "find_description", "find_model", "find_model_here", "find_tokenizer"]
 
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
@@ -49,6 +49,15 @@ def find_model_here(model: str | None) -> Path | None:
         except ModelError:
             return None
     return _cached_essentials(model, _MODEL, _DUPLICATES)
+
+
+def find_description(model: str | None) -> Path:
+    """The directory of a model, of which a repository's weights are not downloaded.
+
+    Raises:
+        ModelError: see :func:`find_model`.
+    """
+    return find_model(None) if model is None else _find(model, "model", _TOKENIZER)
 
 
 def find_tokenizer(tokenizer: str) -> Path:

@@ -71,7 +71,8 @@ def run_role(
     role, slices = assignment.role, assignment.slices
     logged_as = "server" if role.kind == "http" else role.kind
     is_quiet = slices.log_procs is not None and logged_as not in slices.log_procs
-    configure_logging(str(role), "ERROR" if is_quiet else slices.log_level)
+    level = "ERROR" if is_quiet else slices.log_level
+    configure_logging(str(role), level, slices.log_format)
     log.info("process id %d", os.getpid())
     try:
         if role.kind == "server":
@@ -192,7 +193,7 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     server = assignment.slices.server
     load_vocabulary = partial(_load_vocabulary, server) if server.eos_token_ids else None
     log.info("%s", assignment.slices.dtype_plan)
-    log.info("%s", assignment.slices.memory_plan)
+    log.info("%s", assignment.slices.memory_plan.line)
     slices = assignment.slices
     config = with_threads(slices.replicas[role.replica].workers[role.rank], slices)
     worker = Worker(

@@ -489,11 +489,11 @@ class Supervisor:
             return
         why_not = self._http.why_not_again(member, failure)
         log.error(
-            "%sthe %s ended: %s; it is %s",
-            failure.traceback,
+            "the %s ended: %s; it is %s",
             member.role,
             failure.summary,
             "started again" if why_not is None else f"not started again, since {why_not}",
+            extra={"traceback": failure.traceback},
         )
         if why_not is None:
             self._launch_http(self._http.next_role(member))
@@ -526,11 +526,11 @@ class Supervisor:
         if why_not is not None:
             del self._replicas[replica.number]
         log.error(
-            "%s%s; %s, %s",
-            failure.traceback,
+            "%s; %s, %s",
             failure.summary,
             self._count_others(replica),
             "and it is started again" if why_not is None else f"and it is not, since {why_not}",
+            extra={"traceback": failure.traceback},
         )
         for member in replica.members:
             member.is_dismissed = True
@@ -644,6 +644,10 @@ class Supervisor:
     def _report_failure(self, failure: Failed) -> None:
         if self._keeper is not None:
             self._keeper.send(CannotServe(f"the {self._failed_role} ended: {failure.summary}"))
+        if self._slices.log_format == "json":
+            extra = {"traceback": failure.traceback}
+            log.critical("the %s ended: %s", self._failed_role, failure.summary, extra=extra)
+            return
         sys.stderr.write(failure.traceback)
         sys.stderr.write(f"toka: the {self._failed_role} ended: {failure.summary}\n")
         sys.stderr.flush()

@@ -227,7 +227,7 @@ def _listening_host(name: str) -> str:
 
 
 def _serve_as_outpost(config: EngineConfig, rank: Rank, store: Any) -> int:
-    configure_logging(f"outpost-{rank.rank}", config.log_level)
+    configure_logging(f"outpost-{rank.rank}", config.log_level, config.log_format)
     host = address_of_rank_0(os.environ["MASTER_ADDR"], rank, store, config.launch_timeout_s)
     found: Mapping[str, Any] = json.loads(store.get(_KEY))
     # A terminal's or a job's signal reaches every rank. Rank 0 obeys it, and dismisses the others.

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.launch.http_protocol import Connection, connections
+from tokasaurus.server.http.access_log import ACCESS_LOGGER, AccessLog
 from tokasaurus.server.http.request_ids import RequestIds
 
 __all__ = ["WebServer", "web_server"]
@@ -90,16 +91,19 @@ def web_server(
         is_inner: its clients are HTTP processes of this engine.
         num_accepted: connections that it accepts at once; others may be accepted elsewhere.
     """
-    logging.getLogger("uvicorn").setLevel(config.uvicorn_log_level.upper())
+    level = config.uvicorn_log_level.upper()
+    for logger in ("uvicorn", ACCESS_LOGGER):
+        logging.getLogger(logger).setLevel(level)
+    layers = RequestIds(app if is_inner else AccessLog(app))
     retiring = asyncio.Event()
     return WebServer(
         uvicorn.Config(
-            RequestIds(app),
+            layers,
             http=connections(config.request_read_timeout_s, retiring),
             ws="none",
             log_config=None,  # logs go through the engine's own handler
             log_level=config.uvicorn_log_level,
-            access_log=not is_inner and config.uvicorn_log_level in ("trace", "debug", "info"),
+            access_log=False,  # AccessLog knows more
             timeout_graceful_shutdown=_FLUSH_S,
             timeout_keep_alive=_KEEP_ALIVE_S,
             lifespan="off",

@@ -172,6 +172,8 @@ def _slot_parameters(entered: Rows[Sequence]) -> SlotParameters:
     keys = list(map(id, samplings))
     distinct = dict(zip(keys, samplings, strict=True))
     places = {key: place for place, key in enumerate(distinct)}
+    names = {name: place for place, name in enumerate({each.name: None for each in messages})}
+    has_names = any(names)
     adjusted = [
         sequence
         for sequence, sampling in zip(entered, samplings, strict=True)
@@ -187,6 +189,8 @@ def _slot_parameters(entered: Rows[Sequence]) -> SlotParameters:
         num_logprobs=_int32([message.num_logprobs for message in messages]),
         adjusted=_adjusted_slots(adjusted, places) if adjusted else (),
         grammars=_grammars(entered) if any(message.grammar for message in messages) else (),
+        names=tuple(names) if has_names else (),
+        name_index=_int32([names[each.name] for each in messages]) if has_names else EMPTY_INT32,
     )
 
 

@@ -180,6 +180,7 @@ class Manager:
         if self._config.check_invariants:
             check_invariants(self._running, self._backlog)
         messages, self._messages = self._messages, []
+        messages += self._running.stages.take()
         return Actions(to_worker, messages)
 
     def turn_took(self, seconds: float) -> None:
@@ -504,6 +505,7 @@ class Manager:
         if is_told:
             self._outbox.add_final(sequence, reason)
         self._ended.append((sequence, reason))
+        self._running.stages.ended(sequence, reason)
         if sequence.slot >= 0:
             self._running.slots.stop_absorbing(sequence.slot)
         if sequence.state is SequenceState.RUNNING:
@@ -525,6 +527,8 @@ class Manager:
     def _settle(self) -> None:
         """Collects messages; does what is left to do for all sequences that have ended, at once."""
         slots, window = self._running.slots, self._running.window
+        self._running.stages.note_first_tokens(slots)
+        self._messages += self._running.stages.take()
         self._messages += self._outbox.collect(slots, window, self._running.weights_version)
         if self._ended:
             self._admission.end(

@@ -29,6 +29,7 @@ from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
 from tokasaurus.manager.kv.table_changes import TableChanges
 from tokasaurus.manager.sequence import Sequence, SequenceState
 from tokasaurus.manager.slots import IndexArray, SlotTable
+from tokasaurus.manager.stages import Stages
 from tokasaurus.manager.token_window import TokenWindow
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array, Int64Array
@@ -85,6 +86,7 @@ class RunningSequences:
         # Of prompts, as far as they were found in the cache or fed.
         self.prefixes = SharedPrefixes(config.num_slots)
         self.in_flight = InFlight()
+        self.stages = Stages()
         self.prefilling: list[Sequence] = []  # in order
         # The prompts of these, and of candidates.
         self.in_progress = PromptsInProgress(config.page_size)
@@ -284,7 +286,9 @@ class RunningSequences:
             self._counters.num_cached_tokens += max(0, found - request.num_pseudo)
             if not sequence.was_admitted:
                 sequence.was_admitted = True
-                self._counters.queue_s += now - request.arrived_at
+                waited_s = now - request.arrived_at
+                self._counters.queue_s += waited_s
+                self.stages.admitted(sequence, waited_s, found)
                 # Reported in full pages, and as if the prompt had come alone: its last token is
                 # never found.
                 most = min(found, len(request.prompt_ids) - 1) // page_size * page_size
@@ -379,6 +383,8 @@ class RunningSequences:
             slot = sequence.slot
             sequence.resumes = bool(self.slots.length[slot] < self.slots.final_length[slot])
             self._counters.num_preemptions += sequence.resumes
+            if sequence.resumes:
+                self.stages.preempted(sequence)
         self.preempted += sequences
         self.depart(self.retire(sequences))
 

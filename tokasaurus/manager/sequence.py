@@ -85,6 +85,7 @@ class Request:
     leader: Sequence | None = None
     followers: dict[int, Sequence] = field(default_factory=dict)  # by sample index, the next last
     num_finished: int = 0  # samples that ended by themselves
+    is_announced: bool = False  # its admission, to a server that asked for the stages
     length_group: int = -1  # its handle at the predictor of lengths
     client: int = 0  # a number that other clients of its priority do not have
     device_s_before: float = 0.0  # what the device had worked when it came

@@ -100,6 +100,7 @@ def model_facts(
         path=str(directory),
         vocab_size=config.vocab_size,
         num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         intermediate_size=config.intermediate_size,

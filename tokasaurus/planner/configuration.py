@@ -15,6 +15,7 @@ _FACTS = ModelFacts(
     path="",
     vocab_size=VOCAB_SIZE,
     num_layers=64,
+    hidden_size=64,
     num_heads=64,
     num_kv_heads=64,
     intermediate_size=64,

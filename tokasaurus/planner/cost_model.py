@@ -2,141 +2,299 @@
 
 ::
 
-    seconds = overhead_s                                        launches, the host's part
-            + max(weight_bytes / bytes_per_s,                   every weight is read once ...
-                  tokens * flops_per_token / flops_per_s)       ... while every token is multiplied
-            + context_tokens * kv_bytes_per_token / bytes_per_s attention reads each context once
-            + draws * draw_s                                    head and sampling of a drawn token
+    seconds = host.batch_s                            launches, planning
+            + host.sequence_s * sequences             ... of what each sequence needs
+            + layers(rows)                            products: weights are read once for all rows
+            + exchange.batch_s                        all-reduces of tensor parallelism
+            + exchange.row_s * rows
+            + attention of all sequences, as if each were alone
+            - what groups save that share a prefix
+            + head(draws)                             the head's product: for drawn rows only
+            + draw_s of each row that draws           by how it samples
 
-The products inside attention are left out, which is optimistic for long prompts. A prefix that rows
-share is counted for each of them, which is pessimistic.
+A *row* is a token of the forward pass: of a sequence that decodes, or of a chunk of a prompt. A
+*pair* is a row and a position that it attends to.
+
+::
+
+    attention = position_s * positions of the sequences that decode
+              + pair_s * pairs of the chunks
+              + layout_s * positions of the chunks, once for each block of rows
+
+    a group saves, at least 0:
+                (position_s - pair_s) * pairs of rows that decode, within the prefix
+              + layout_s * prefix * (blocks of its chunks - blocks of the group)
+              - state_s * rows - group_s
+
+A row that decodes reads each key and value for itself. The rows of a chunk or a group read them
+once for a block of rows, and then multiply. Each of these times is the larger of what memory and
+what products take, so there are no further maxima. Costs of attention are those of all layers.
+
+The same object is used wherever a device is simulated. ``estimate`` makes one by arithmetic, and
+``toka-bench calibrate`` by measurements on a machine.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from tokasaurus.errors import ConfigError
+import msgspec
+import numpy as np
+
+from tokasaurus.planner.curve import Curve
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
+from tokasaurus.protocol.messages import Sampling
 
 __all__ = [
     "INSTANT",
-    "PRESETS",
+    "NO_GROUPS",
+    "AttentionCosts",
+    "BatchWork",
     "CostModel",
-    "Gpu",
-    "ModelShape",
-    "cost_model",
-    "estimate",
+    "DrawCosts",
+    "ExchangeCosts",
+    "GroupWork",
+    "HostCosts",
+    "Parts",
     "fixed",
 ]
 
 
-@dataclass(frozen=True)
-class CostModel:
-    """The constants of the formula above. Bandwidth and speed may be infinite."""
+class GroupWork(NamedTuple):
+    """The groups of a batch. In columns.
 
-    weight_bytes: float  # read by every batch that has tokens
-    flops_per_token: float
-    kv_bytes_per_token: float  # keys and values of one position in all layers
-    bytes_per_s: float
-    flops_per_s: float
-    overhead_s: float  # for every batch
-    draw_s: float = 0.0  # for every drawn token
+    Attributes:
+        num_decodes: [groups] rows that decode.
+        num_tokens: [groups] of the prefix, behind those of the groups that the group is in.
+        first_chunks: [groups] index into the chunks of the batch.
+        num_chunks: [groups].
+    """
 
-    def batch_s(self, num_tokens: int, num_context_tokens: int, num_draws: int) -> float:
-        """The seconds that a batch takes.
+    num_decodes: Int32Array
+    num_tokens: Int32Array
+    first_chunks: Int32Array
+    num_chunks: Int32Array
+
+
+NO_GROUPS = GroupWork(*[EMPTY_INT32] * 4)
+
+
+class BatchWork(NamedTuple):
+    """What a batch asks of a device.
+
+    Attributes:
+        num_decodes: sequences that decode.
+        num_decode_positions: that these attend to in all, their new tokens included.
+        chunk_lengths: [chunks] rows of each chunk of a prompt.
+        chunk_ends: [chunks] the position behind the last row of each.
+        num_draws: rows that draw a token, or give a prompt's logprobs.
+        draw_s: what they take besides the head's product; see ``DrawCosts.of``.
+        groups: sequences that share prefixes.
+    """
+
+    num_decodes: int = 0
+    num_decode_positions: int = 0
+    chunk_lengths: Int32Array = EMPTY_INT32
+    chunk_ends: Int32Array = EMPTY_INT32
+    num_draws: int = 0
+    draw_s: float = 0.0
+    groups: GroupWork = NO_GROUPS
+
+
+class _Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Numbers that are at least 0."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if isinstance(value, float | int) and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value}: expected a number of at least 0")
+
+
+class HostCosts(_Costs, frozen=True, kw_only=True):
+    """What is not computed on the device, or takes the same time whatever it computes.
+
+    Attributes:
+        batch_s: of every batch.
+        sequence_s: of every sequence that decodes, and every chunk.
+    """
+
+    batch_s: float = 0.0
+    sequence_s: float = 0.0
+
+
+class ExchangeCosts(_Costs, frozen=True, kw_only=True):
+    """The all-reduces of tensor parallelism, in all layers.
+
+    Attributes:
+        batch_s: of every batch: latencies.
+        row_s: of every row: bytes over the rate of a link.
+    """
+
+    batch_s: float = 0.0
+    row_s: float = 0.0
+
+
+class AttentionCosts(_Costs, frozen=True, kw_only=True):
+    """Attention in all layers; the formula above says how they are used.
+
+    Attributes:
+        position_s: a position that a row of its own attends to.
+        pair_s: a row and a position, in a block of rows that was read for many.
+        layout_s: to read a position for a block of rows.
+        block_rows: the most rows of a block.
+        state_s: to hand a row from its group to what is its own.
+        group_s: of a group.
+    """
+
+    position_s: float = 0.0
+    pair_s: float = 0.0
+    layout_s: float = 0.0
+    block_rows: int = 1 << 30
+    state_s: float = 0.0
+    group_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_rows < 1:
+            raise ValueError(f"block_rows={self.block_rows}: expected a number of at least 1")
+
+    def batch_s(self, work: BatchWork) -> float:
+        """The seconds of a batch's attention, in all layers."""
+        seconds = self.position_s * work.num_decode_positions
+        if len(work.chunk_lengths):
+            seconds += self._chunks_s(work)
+        if len(work.groups.num_tokens):
+            seconds -= self._saved_s(work)
+        return seconds
+
+    def _chunks_s(self, work: BatchWork) -> float:
+        rows, ends = work.chunk_lengths.astype(np.float64), work.chunk_ends
+        blocks = np.ceil(rows / self.block_rows)
+        # Each row sees one position more than the row before it, and each block that of its end.
+        pairs = rows * (ends - (rows - 1) / 2)
+        positions = blocks * (ends - (rows - rows / blocks) / 2)
+        return float(self.pair_s * pairs.sum() + self.layout_s * positions.sum())
+
+    def _saved_s(self, work: BatchWork) -> float:
+        groups = work.groups
+        # In the chunks before each: rows, and blocks of rows.
+        before = np.zeros((2, len(work.chunk_lengths) + 1))
+        np.cumsum(work.chunk_lengths, out=before[0, 1:])
+        np.cumsum(np.ceil(work.chunk_lengths / self.block_rows), out=before[1, 1:])
+        last = groups.first_chunks + groups.num_chunks
+        chunk_rows, chunk_blocks = before[:, last] - before[:, groups.first_chunks]
+        num_rows = groups.num_decodes + chunk_rows
+        blocks = np.ceil(num_rows / self.block_rows)
+        saved = groups.num_tokens * (
+            (self.position_s - self.pair_s) * groups.num_decodes
+            + self.layout_s * (chunk_blocks - blocks)
+        )
+        saved -= self.state_s * num_rows + self.group_s
+        return float(np.maximum(saved, 0.0).sum())
+
+
+class DrawCosts(_Costs, frozen=True, kw_only=True):
+    """What a row takes that draws a token, besides the head's product.
+
+    Attributes:
+        greedy_s: temperature 0.
+        sampled_s: any other temperature, without filters.
+        top_k_s: the same with ``top_k``.
+        top_p_s: the same with ``top_p`` or ``min_p``, and without ``top_k``.
+        adjusted_s: added if its logits are adjusted: by penalties, biases or banned words.
+        logprobs_s: added if it gives logprobs.
+    """
+
+    greedy_s: float = 0.0
+    sampled_s: float = 0.0
+    top_k_s: float = 0.0
+    top_p_s: float = 0.0
+    adjusted_s: float = 0.0
+    logprobs_s: float = 0.0
+
+    def of(self, sampling: Sampling, num_logprobs: int) -> float:
+        """The seconds of a row that samples so.
 
         Args:
-            num_tokens: the rows of the forward pass: decode rows and prompt tokens.
-            num_context_tokens: the positions that attention reads: the sum of the lengths of all
-                sequences in the batch, including their new tokens.
-            num_draws: the rows that draw a token.
+            sampling: of its request.
+            num_logprobs: of its request; -1 for none.
         """
-        if num_tokens == 0:  # such a batch only changes slots and page tables
-            return self.overhead_s
-        products_s = num_tokens * self.flops_per_token / self.flops_per_s
-        attention_s = num_context_tokens * self.kv_bytes_per_token / self.bytes_per_s
-        layers_s = max(self.weight_bytes / self.bytes_per_s, products_s)
-        return self.overhead_s + layers_s + attention_s + num_draws * self.draw_s
+        if sampling.temperature == 0:
+            seconds = self.greedy_s
+        elif sampling.top_k > 0:
+            seconds = self.top_k_s
+        elif sampling.top_p < 1 or sampling.min_p > 0:
+            seconds = self.top_p_s
+        else:
+            seconds = self.sampled_s
+        if sampling.adjustments is not None:
+            seconds += self.adjusted_s
+        if num_logprobs >= 0:
+            seconds += self.logprobs_s
+        return seconds
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What a device sustains, which is less than its data sheet promises."""
-
-    bytes_per_s: float
-    flops_per_s: float  # bf16 products
+_NOTHING = Curve.constant(0.0)
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The published sizes of a decoder in bf16."""
+class Parts(NamedTuple):
+    """The seconds of a batch by what they are spent on; their sum is the whole."""
 
-    num_layers: int
-    num_layer_parameters: float  # of all layers together
-    num_head_parameters: float  # hidden * vocabulary
-    vocab_size: int
-    kv_size: int  # KV heads * head size
-
-
-_BYTES = 2  # of a bf16 number
-_LAYER_OVERHEAD_S = 20e-6  # an estimate: about ten launches of 2 microseconds, as in a CUDA graph
-_SAMPLING_PASSES = 4  # an estimate: passes over fp32 logits in memory until a token is drawn
+    host_s: float = 0.0
+    layers_s: float = 0.0
+    exchange_s: float = 0.0
+    attention_s: float = 0.0
+    head_s: float = 0.0
+    draws_s: float = 0.0
 
 
-def estimate(shape: ModelShape, gpu: Gpu) -> CostModel:
-    """A cost model by arithmetic alone. Expect it to be off by tens of percent."""
-    head_s = 2 * shape.num_head_parameters / gpu.flops_per_s
-    logits_s = _SAMPLING_PASSES * 4 * shape.vocab_size / gpu.bytes_per_s
-    return CostModel(
-        weight_bytes=_BYTES * (shape.num_layer_parameters + shape.num_head_parameters),
-        flops_per_token=2 * shape.num_layer_parameters,
-        kv_bytes_per_token=2 * shape.num_layers * shape.kv_size * _BYTES,
-        bytes_per_s=gpu.bytes_per_s,
-        flops_per_s=gpu.flops_per_s,
-        overhead_s=shape.num_layers * _LAYER_OVERHEAD_S,
-        draw_s=head_s + logits_s,
-    )
+class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The constants of the formula above.
+
+    Attributes:
+        host: outside of the device.
+        layers: rows -> seconds: the products and element-wise work of all layers.
+        exchange: between ranks.
+        attention: in all layers.
+        head: drawn rows -> seconds: the head's product.
+        draws: drawing, by kind of row.
+        error: about how far predicted times are off, as a share of the time.
+    """
+
+    host: HostCosts = HostCosts()
+    layers: Curve = _NOTHING
+    exchange: ExchangeCosts = ExchangeCosts()
+    attention: AttentionCosts = AttentionCosts()
+    head: Curve = _NOTHING
+    draws: DrawCosts = DrawCosts()
+    error: float = 0.0
+
+    def batch_s(self, work: BatchWork) -> float:
+        """The seconds that a batch takes."""
+        return sum(self.parts(work))
+
+    def parts(self, work: BatchWork) -> Parts:
+        """The seconds that a batch takes, by what they are spent on."""
+        num_sequences = work.num_decodes + len(work.chunk_lengths)
+        host_s = self.host.batch_s + self.host.sequence_s * num_sequences
+        if not num_sequences:  # such a batch only changes slots and page tables
+            return Parts(host_s)
+        num_rows = work.num_decodes + int(work.chunk_lengths.sum())
+        return Parts(
+            host_s=host_s,
+            layers_s=self.layers(num_rows),
+            exchange_s=self.exchange.batch_s + self.exchange.row_s * num_rows,
+            attention_s=self.attention.batch_s(work),
+            head_s=self.head(work.num_draws) if work.num_draws else 0.0,
+            draws_s=work.draw_s,
+        )
 
 
 def fixed(step_s: float) -> CostModel:
     """Every batch takes the same time."""
-    return CostModel(0.0, 0.0, 0.0, math.inf, math.inf, step_s)
+    return CostModel(host=HostCosts(batch_s=step_s))
 
 
 INSTANT = fixed(0.0)
-
-# An estimate. The data sheet of the H100 SXM promises 3.35 TB/s and 989 TFLOP/s of dense bf16. The
-# H200 has the same processor with 4.8 TB/s; one was measured at 4.3 TB/s and 790 TFLOP/s. The same
-# shares are assumed here, less a quarter of the products for shapes that are not ideal.
-_H100 = Gpu(bytes_per_s=3.0e12, flops_per_s=590e12)
-
-# From the published configurations of Llama-3.2-1B (16 layers, hidden 2048, 8 KV heads of 64, tied
-# embedding) and Llama-3.1-8B (32 layers, hidden 4096, 8 KV heads of 128).
-_LLAMA_1B = ModelShape(16, 0.973e9, 0.263e9, 128256, 512)
-_LLAMA_8B = ModelShape(32, 6.98e9, 0.525e9, 128256, 1024)
-
-PRESETS = {
-    "llama-1b-h100": estimate(_LLAMA_1B, _H100),
-    "llama-8b-h100": estimate(_LLAMA_8B, _H100),
-    "instant": INSTANT,
-}
-
-
-def cost_model(name: str) -> CostModel:
-    """A preset by name, or ``fixed:SECONDS``.
-
-    Raises:
-        ConfigError: there is no such preset, or the seconds are not a number of at least 0.
-    """
-    if name in PRESETS:
-        return PRESETS[name]
-    kind, _, seconds = name.partition(":")
-    try:
-        step_s = float(seconds) if kind == "fixed" else math.nan
-    except ValueError:
-        step_s = math.nan
-    if not 0 <= step_s < math.inf:
-        known = ", ".join(PRESETS)
-        raise ConfigError(f"cost={name}: expected one of {known}, or such as fixed:0.003")
-    return fixed(step_s)

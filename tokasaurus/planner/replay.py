@@ -86,7 +86,9 @@ class Replay:
     ) -> None:
         self._timing = timing
         self._manager = Manager(config)
-        device = SimulatedDevice(timing.cost, trace_lengths(trace), config.num_slots)
+        device = SimulatedDevice(
+            timing.cost, trace_lengths(trace), config.num_slots, config.page_size
+        )
         self._pipeline = SimulatedPipeline(device, timing.stages, config.num_slots)
         self._manager_free_at = 0.0
         self._events: list[_Event] = []

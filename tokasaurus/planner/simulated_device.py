@@ -1,7 +1,7 @@
 """A worker without tensors: it returns tokens, and the time that a real worker would take.
 
 Of each slot it keeps only what costs and tokens depend on: the length, and which sequence is in it.
-It does not look at page tables or prompt ids.
+It does not look at page tables or prompt ids. Groups say how many pages sequences share.
 """
 
 from __future__ import annotations
@@ -10,9 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.planner.cost_model import CostModel
+from tokasaurus.planner.cost_model import NO_GROUPS, BatchWork, CostModel, GroupWork
 from tokasaurus.planner.lengths import CompletionLengths, mix
-from tokasaurus.protocol.arrays import EMPTY_FLOAT32, Float32Array, Int32Array, Int64Array
+from tokasaurus.protocol.arrays import (
+    EMPTY_FLOAT32,
+    Float32Array,
+    Float64Array,
+    Int32Array,
+    Int64Array,
+)
 from tokasaurus.protocol.commands import Control, ControlDone
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, SlotParameters
 
@@ -44,6 +50,7 @@ class SimulatedDevice:
         cost: how long batches take.
         lengths: how long completions get.
         num_slots: the number of slots of the manager.
+        page_size: tokens of a page of the KV cache, which groups count in.
         vocab_size: the size of the vocabulary of the model that it pretends to run.
     """
 
@@ -52,9 +59,11 @@ class SimulatedDevice:
         cost: CostModel,
         lengths: CompletionLengths,
         num_slots: int,
+        page_size: int,
         vocab_size: int = VOCAB_SIZE,
     ) -> None:
         self._cost = cost
+        self._page_size = page_size
         self._vocab_size = vocab_size
         self._completions = lengths
         self._next_number = 0
@@ -64,6 +73,7 @@ class SimulatedDevice:
         self._num_generated = np.zeros(num_slots, np.int64)
         self._ends = np.zeros(num_slots, np.int64)  # the value of num_generated at which it stops
         self._num_logprobs = np.full(num_slots, -1, np.int32)
+        self._draw_s: Float64Array = np.zeros(num_slots)  # see DrawCosts
 
     def run(self, batch: ForwardBatch) -> ForwardResult:
         """Runs a batch. ``device_s`` of the result is the modelled time, which is not waited for.
@@ -81,12 +91,9 @@ class SimulatedDevice:
         self._next_number += 1
         if batch.parameters is not None:
             self._enter(batch.parameters)
-        num_context_tokens = self._extend(batch)
         slots = np.concatenate((batch.decode_slots, batch.draw_slots))
-        num_tokens = len(batch.decode_slots) + len(batch.prefill_ids)
-        return self._result(
-            batch, slots, self._cost.batch_s(num_tokens, num_context_tokens, len(slots))
-        )
+        work = self._extend(batch, slots)
+        return self._result(batch, slots, self._cost.batch_s(work))
 
     def carry_out(self, control: Control) -> ControlDone:
         """Does nothing but keep the numbering: it has neither weights nor a KV cache.
@@ -108,9 +115,19 @@ class SimulatedDevice:
         self._num_generated[slots] = parameters.num_generated
         self._ends[slots] = self._completions.lengths(parameters.seed, parameters.sample_index)
         self._num_logprobs[slots] = parameters.num_logprobs
+        draws = self._cost.draws
+        draw_s = np.array([draws.of(sampling, -1) for sampling in parameters.samplings])
+        self._draw_s[slots] = draw_s[parameters.sampling_index] + draws.logprobs_s * (
+            parameters.num_logprobs >= 0
+        )
 
-    def _extend(self, batch: ForwardBatch) -> int:
-        """Adds the batch's tokens to the lengths; returns how many positions attention reads."""
+    def _extend(self, batch: ForwardBatch, drawing: Int32Array) -> BatchWork:
+        """Adds the batch's tokens to the lengths; returns what the batch asks of a device.
+
+        Args:
+            batch: the next one.
+            drawing: slots that draw a token.
+        """
         decodes = batch.decode_slots
         if (self._lengths[decodes] == 0).any():
             raise ProtocolError(f"batch {batch.number} decodes a slot that has no tokens yet")
@@ -119,7 +136,27 @@ class SimulatedDevice:
         ends = batch.prefill_starts + batch.prefill_lengths
         self._lengths[batch.prefill_slots] = ends
         self._lengths[batch.draw_slots] = ends[batch.draw_chunks]
-        return int(self._lengths[decodes].sum()) + int(ends.sum())
+        num_scored = _num_scored(batch)
+        draw_s = float(self._draw_s.take(drawing).sum())
+        return BatchWork(
+            num_decodes=len(decodes),
+            num_decode_positions=int(self._lengths.take(decodes).sum()),
+            chunk_lengths=batch.prefill_lengths,
+            chunk_ends=ends,
+            num_draws=len(drawing) + num_scored,
+            draw_s=draw_s + num_scored * self._cost.draws.logprobs_s,
+            groups=self._groups(batch),
+        )
+
+    def _groups(self, batch: ForwardBatch) -> GroupWork:
+        num_decodes = batch.group_num_decodes
+        if not len(num_decodes):
+            return NO_GROUPS
+        first_chunks, num_chunks = batch.group_first_chunks, batch.group_num_chunks
+        if first_chunks is None or num_chunks is None:
+            first_chunks = num_chunks = np.zeros_like(num_decodes)
+        num_tokens = batch.group_num_columns * np.int32(self._page_size)
+        return GroupWork(num_decodes, num_tokens, first_chunks, num_chunks)
 
     def _check_chunks(self, batch: ForwardBatch) -> None:
         before, starts = self._lengths[batch.prefill_slots], batch.prefill_starts
@@ -169,6 +206,14 @@ class SimulatedDevice:
             num_grouped_tokens=_num_grouped(batch),
             num_grouped_prefill_tokens=_num_grouped_of_prompts(batch),
         )
+
+
+def _num_scored(batch: ForwardBatch) -> int:
+    """Rows of prompts that give logprobs."""
+    if not len(batch.prefill_num_logprobs):
+        return 0
+    is_asked = batch.prefill_num_logprobs >= 0
+    return int((batch.prefill_lengths - (batch.prefill_next_ids < 0))[is_asked].sum())
 
 
 def _num_grouped(batch: ForwardBatch) -> int:

@@ -2,7 +2,7 @@
 
     server ──GenerateRequest, AbortRequest, StopSequence, Acknowledge, Command, Watch──▶ manager
     manager ──ForwardBatch, Control──▶ worker ──ForwardResult, ControlDone──▶ manager
-    manager ──SequenceUpdates, PromptLogprobs, PooledState, RequestRejected,
+    manager ──SequenceUpdates, PromptLogprobs, PooledState, RequestRejected, RequestStage,
               Eta, CommandDone, CommandFailed, Statistics, Outlook──▶ server
 
 A *sequence* is one sample of a request, identified by (request id, sample index). A *slot* is the
@@ -58,10 +58,12 @@ __all__ = [
     "Progress",
     "PromptLogprobs",
     "RequestRejected",
+    "RequestStage",
     "Sampling",
     "SequenceUpdates",
     "SlotGrammar",
     "SlotParameters",
+    "Stage",
     "Statistics",
     "StopSequence",
     "ToServer",
@@ -234,6 +236,10 @@ class GenerateRequest(Message, frozen=True):
     cartridge: str = ""
     # A name for the client; clients get fair shares.
     client: str = ""
+    # What the request is called in the log of every process; "" for nothing.
+    name: str = ""
+    # Send a RequestStage at each stage.
+    report_stages: bool = False
 
 
 class AbortRequest(Message, frozen=True):
@@ -319,6 +325,24 @@ class RequestRejected(Message, frozen=True):
     request_id: int
     reason: str
     field: str | None = None
+
+
+class Stage(enum.IntEnum):
+    """What has become of a request. Samples may be preempted any number of times."""
+
+    ADMITTED = 0  # its first sample runs
+    FIRST_TOKEN = 1  # and has a token, whether or not that is sent already
+    PREEMPTED = 2  # a sample gave its pages to others, and will go on later
+
+
+class RequestStage(Message, frozen=True):
+    """A request that asked for it has reached a stage just now.
+
+    Where several managers have samples of a request, each reports its own.
+    """
+
+    request_id: int
+    stage: Stage
 
 
 class Eta(Message, frozen=True):
@@ -445,6 +469,9 @@ class SlotParameters(msgspec.Struct, frozen=True, array_like=True, eq=False):
     adjusted: tuple[AdjustedSlots, ...] = ()
     # The slots with a grammar.
     grammars: tuple[SlotGrammar, ...] = ()
+    # What the slots' requests are called in logs. () if none has a name.
+    names: tuple[str, ...] = ()
+    name_index: Int32Array = EMPTY_INT32  # [slots] index into names; [0] without names
 
 
 class ForwardBatch(Message, frozen=True):
@@ -567,6 +594,7 @@ ToServer: TypeAlias = (
     | PromptLogprobs
     | PooledState
     | RequestRejected
+    | RequestStage
     | Eta
     | CommandDone
     | CommandFailed

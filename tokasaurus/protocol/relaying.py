@@ -19,6 +19,7 @@ from tokasaurus.protocol.messages import (
     PooledState,
     PromptLogprobs,
     RequestRejected,
+    RequestStage,
     SequenceUpdates,
     StopSequence,
 )
@@ -145,6 +146,7 @@ ToHTTP: TypeAlias = (
     | PromptLogprobs
     | PooledState
     | RequestRejected
+    | RequestStage
     | RequestFailed
     | EngineNews
     | PrefixAcquired

@@ -8,7 +8,7 @@ import numpy as np
 
 from tokasaurus.errors import EngineAborted, TokasaurusError
 from tokasaurus.protocol.arrays import Float32Array, Int32Array
-from tokasaurus.protocol.messages import FinishReason, Pooling, PromptLogprobs
+from tokasaurus.protocol.messages import FinishReason, Pooling, PromptLogprobs, Stage
 from tokasaurus.text.preparation import PreparedRequest
 from tokasaurus.text.receipts import Record
 from tokasaurus.text.samples import Sample, SampleOutput, TokenLogprobs
@@ -45,6 +45,8 @@ class Generation:
         on_change: called when there is news for a stream, and when the generation has finished.
         client: whose share of the engine it takes.
         names: by which the client may end it.
+        log_name: what it is called in logs; "" for nothing.
+        on_stage: called when the engine has reached a stage with it; None if nobody wants to know.
         weights: the engine's versions of the weights.
         samples: one for each; None makes them.
 
@@ -66,6 +68,8 @@ class Generation:
         on_change: Callable[[], None],
         client: str,
         names: Sequence[str] = (),
+        log_name: str = "",
+        on_stage: Callable[[Stage], None] | None = None,
         weights: WeightsVersions | None = None,
         samples: list[Sample] | None = None,
     ) -> None:
@@ -77,6 +81,8 @@ class Generation:
         self.on_change = on_change
         self.client = client
         self.names = names
+        self.log_name = log_name
+        self.on_stage = on_stage
         self.weights = WeightsVersions() if weights is None else weights
         self.error: TokasaurusError | None = None
         self.eta_s: float | None = None

@@ -17,6 +17,7 @@ the last sample has come, or when the prompt is aborted.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import numpy as np
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import RequestError, TokasaurusError
+from tokasaurus.observability.request_names import about, current_request
 from tokasaurus.protocol.commands import (
     Action,
     CommandDone,
@@ -43,7 +45,9 @@ from tokasaurus.protocol.messages import (
     PooledState,
     PromptLogprobs,
     RequestRejected,
+    RequestStage,
     SequenceUpdates,
+    Stage,
     Statistics,
     StopSequence,
     ToServer,
@@ -64,6 +68,8 @@ if TYPE_CHECKING:
     from tokasaurus.text.replicas import Replicas
 
 __all__ = ["Etas", "Generations", "Watcher"]
+
+log = logging.getLogger(__name__)
 
 # The manager holds this many times the sequences that can run: as many again may be draining, and
 # it must always have others to choose from.
@@ -269,6 +275,7 @@ class Generations:
         on_change: Callable[[], None] = lambda: None,
         client: str = "",
         names: Sequence[str] = (),
+        on_stage: Callable[[Stage], None] | None = None,
     ) -> Generation:
         """Sends a request to the manager, at once or when the turnstile lets it pass.
 
@@ -278,7 +285,9 @@ class Generations:
             on_change: called when there is news for a stream, and when the generation has finished.
             client: whose share of the engine it takes; clients get fair shares.
             names: by which the client may end it; see ``named``.
+            on_stage: called when the engine has reached a stage with it.
         """
+        log_name = current_request()
         generation = Generation(
             self._next_id,
             request,
@@ -287,10 +296,19 @@ class Generations:
             on_change=on_change,
             client=client,
             names=names,
+            log_name=log_name,
+            on_stage=on_stage,
             weights=self.commands.weights,
         )
         self._next_id += 1
-        self.enter(generation, request.message(generation.request_id, stream=stream, client=client))
+        message = request.message(
+            generation.request_id,
+            stream=stream,
+            client=client,
+            name=log_name,
+            report_stages=on_stage is not None,
+        )
+        self.enter(generation, message)
         return generation
 
     def enter(self, generation: Generation, message: GenerateRequest) -> None:
@@ -298,6 +316,14 @@ class Generations:
         if not self._table:
             self._backlog_eta_s = None  # it was for prompts that have ended long ago
         self._table[generation.request_id] = generation
+        log.debug(
+            "prompt %d starts: %d tokens, n=%d, max_tokens=%d",
+            generation.request_id,
+            len(message.prompt_ids),
+            message.n,
+            message.max_tokens,
+            extra=about(generation.log_name),
+        )
         if self._watcher is not None:
             self._watcher.started(generation)
         self._num_of_client[generation.client] += 1
@@ -390,6 +416,14 @@ class Generations:
     def _ended(self, generation: Generation, outcome: str) -> None:
         """Updates the counts after a generation has left the table, for any reason."""
         self._forget_one(generation.client)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(
+                "prompt %d is %s: %d tokens generated",
+                generation.request_id,
+                outcome,
+                generation.num_generated_tokens,
+                extra=about(generation.log_name),
+            )
         num_tokens = generation.num_generated_tokens if outcome == "finished" else None
         self._turnstile.ended(generation.request_id, num_tokens)
         if self._watcher is not None:
@@ -421,6 +455,10 @@ class Generations:
             if generation is not None:
                 # Copied, since the array is a view of the whole message.
                 generation.pooled_state = message.state.copy()
+        elif isinstance(message, RequestStage):
+            generation = self._table.get(message.request_id)
+            if generation is not None and generation.on_stage is not None:
+                generation.on_stage(message.stage)
         elif isinstance(message, Eta):
             self._absorb_etas(message)
         elif isinstance(message, CommandDone | CommandFailed):

@@ -69,7 +69,15 @@ class PreparedRequest:
     receipts: Receipts | None = None
     prefix: Prefix | None = None
 
-    def message(self, request_id: int, *, stream: bool, client: str) -> GenerateRequest:
+    def message(
+        self,
+        request_id: int,
+        *,
+        stream: bool,
+        client: str,
+        name: str = "",
+        report_stages: bool = False,
+    ) -> GenerateRequest:
         """The message to the manager."""
         params = self.params
         return GenerateRequest(
@@ -90,6 +98,8 @@ class PreparedRequest:
             grammar=self.grammar,
             cartridge="" if self.prefix is None else self.prefix.name,
             client=client,
+            name=name,
+            report_stages=report_stages,
         )
 
 

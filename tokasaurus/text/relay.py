@@ -35,6 +35,7 @@ from tokasaurus.protocol.messages import (
     PooledState,
     PromptLogprobs,
     RequestRejected,
+    RequestStage,
     SequenceUpdates,
     StopSequence,
     ToServer,
@@ -183,7 +184,7 @@ class Relay:
             self._tell()
         if isinstance(message, SequenceUpdates):
             self._pass_rows_on(message)
-        elif isinstance(message, PromptLogprobs | PooledState):
+        elif isinstance(message, PromptLogprobs | PooledState | RequestStage):
             send = self._processes.get(process_of(message.request_id))
             if send is not None:
                 send(message)
@@ -273,6 +274,7 @@ class _Relayed(Generation):
             on_change=_ignore,
             client=message.client,
             names=names,
+            log_name=message.name,
             weights=generations.commands.weights,
             samples=samples,
         )

@@ -58,6 +58,7 @@ from tokasaurus.protocol.messages import (
     Pooling,
     PromptLogprobs,
     RequestRejected,
+    RequestStage,
     SequenceUpdates,
     Statistics,
     StopSequence,
@@ -472,7 +473,7 @@ class Replicas:
             return []
         if isinstance(message, SequenceUpdates):
             return [self._absorb_updates(sender, message)]
-        if isinstance(message, (PromptLogprobs, PooledState)):
+        if isinstance(message, (PromptLogprobs, PooledState, RequestStage)):
             return [_renamed(message)]
         if isinstance(message, RequestRejected):
             return self._absorb_rejection(message)
@@ -573,8 +574,8 @@ class Replicas:
 
 
 def _renamed(
-    message: PromptLogprobs | PooledState | RequestRejected,
-) -> PromptLogprobs | PooledState | RequestRejected:
+    message: PromptLogprobs | PooledState | RequestRejected | RequestStage,
+) -> PromptLogprobs | PooledState | RequestRejected | RequestStage:
     """The message with the id of the request instead of its part's."""
     request_id = message.request_id & REQUEST_MASK
     if request_id == message.request_id:

@@ -29,6 +29,7 @@ from tokasaurus.model.backend.grouping import ALWAYS, choose_groups
 from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.backend.triton import planning
 from tokasaurus.model.backend.triton.backend import TritonAttention, TritonBackend, is_interpreted
+from tokasaurus.model.backend.triton.device_plan import send_plan
 from tokasaurus.rounding import ceil_div
 
 pytestmark = pytest.mark.triton
@@ -52,7 +53,7 @@ SHAPES = [  # num_heads, num_kv_heads, head_dim, page_size
 def interpreted(monkeypatch):
     """Cuts ranges of few positions, too, so that small batches have partial results."""
     assert is_interpreted(), "these tests need TRITON_INTERPRET=1: run `make test-cuda`"
-    monkeypatch.setattr(planning, "_SHORTEST_TASK", 64)
+    monkeypatch.setattr(planning, "SHORTEST_TASK", 64)
 
 
 def random_heads(num_rows, num_heads, num_kv_heads, head_dim, dtype):
@@ -211,7 +212,9 @@ def test_a_plan_may_be_filled_up():
         few_tasks=np.concatenate((plan.few_tasks, zeros)),
         many_tasks=np.concatenate((plan.many_tasks, zeros)),
     )
-    attention = TritonAttention(caches[1], backends[1]._shape, filled, rows.page_table)
+    attention = TritonAttention(
+        caches[1], backends[1]._shape, send_plan(filled, rows.page_table.device), rows.page_table
+    )
     output = attention.attend(0, heads, Rotation(angles.cos(), angles.sin()), None)
     assert torch.equal(output[:num_rows], expected)
     for one, other in zip(

@@ -23,7 +23,7 @@ PROMPTS = [HEADER + text for text in ("Once upon a time,", "A B C D A B C", "2 +
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     assert is_interpreted(), "these tests need TRITON_INTERPRET=1: run `make test-cuda`"
-    monkeypatch.setattr(planning, "_SHORTEST_TASK", 64)
+    monkeypatch.setattr(planning, "SHORTEST_TASK", 64)
 
 
 def test_greedy_tokens_are_those_of_transformers(checkpoint):

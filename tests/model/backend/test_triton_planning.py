@@ -10,6 +10,7 @@ from attention_batches import large_group, random_steps, random_world
 from tokasaurus.model.backend.base import NO_GROUPS, SequenceRows
 from tokasaurus.model.backend.grouping import ALWAYS, NEVER, choose_groups
 from tokasaurus.model.backend.triton import planning
+from tokasaurus.model.backend.triton.device_plan import plan_decodes
 from tokasaurus.model.backend.triton.planning import Tiles, plan_tasks
 
 ROOMY = Tiles(few_rows=4, many_rows=16, num_programs=1)
@@ -19,8 +20,8 @@ TIGHT = Tiles(few_rows=1, many_rows=3, num_programs=64)
 @pytest.fixture(autouse=True)
 def short_tasks(monkeypatch):
     """Cuts ranges of few positions, too."""
-    monkeypatch.setattr(planning, "_SHORTEST_TASK", 16)
-    monkeypatch.setattr(planning, "_STEP", 16)
+    monkeypatch.setattr(planning, "SHORTEST_TASK", 16)
+    monkeypatch.setattr(planning, "STEP", 16)
 
 
 def rows_of(task):
@@ -124,6 +125,51 @@ def test_the_number_of_tasks_has_a_bound_that_lengths_do_not_change():
         plan = plan_tasks(rows, groups, Tiles(4, 16, num_programs=50))
         assert len(plan.few_tasks) <= 3 + 50
         assert (length < 5000) == (len(plan.few_tasks) < 30)
+
+
+def decodes(lengths):
+    count = len(lengths)
+    return SequenceRows(
+        slots=np.arange(count, dtype=np.int32)[::-1].copy(),
+        query_starts=np.arange(count + 1, dtype=np.int32),
+        kv_lengths=lengths,
+        positions=lengths - 1,
+        page_table=torch.zeros(count, 1, dtype=torch.int32),
+        num_decodes=count,
+    )
+
+
+def test_the_device_plans_decodes_as_the_host_does():
+    """Rows of length 0 have no sequence: between others, and behind them, as a graph has them."""
+    num_cut = 0
+    for seed in range(60):
+        source = np.random.default_rng(seed)
+        count, longest = source.integers(1, 40), 10 ** source.integers(1, 5)
+        lengths = source.integers(1, longest + 1, count).astype(np.int32)
+        lengths[source.random(count) < 0.2 * (seed % 3)] = 0
+        tiles = Tiles(4, 16, int(source.integers(1, 90)))
+        rows = decodes(lengths)
+        found = plan_decodes(torch.from_numpy(rows.slots), torch.from_numpy(lengths), tiles)
+        there = np.flatnonzero(lengths)
+        some = decodes(lengths[there])
+        expected = plan_tasks(some, choose_groups(some, 16, 1, NEVER), tiles)
+        tasks = expected.few_tasks
+        # Where the rows without a sequence were left out, slots and numbers of rows differ.
+        tasks[:, 0] = rows.slots[there][tasks[:, 3]]
+        tasks[:, [3, 5]] = there[tasks[:, [3, 5]]]
+        assert found.few_tasks[: len(tasks)].tolist() == tasks.tolist()
+        assert not found.few_tasks[len(tasks) :].any()
+        assert len(found.few_tasks) == len(found.many_tasks) + count + tiles.num_programs
+        counts = np.zeros(count, np.int32)
+        counts[there] = np.diff(expected.partial_starts)
+        assert found.partial_starts.diff().tolist() == counts.tolist()
+        assert set(found.merged_rows.tolist()) - {0} == set(np.flatnonzero(counts).tolist()) - {0}
+        assert counts[0] == 0 or 0 in found.merged_rows
+        assert expected.num_partials <= found.num_partials
+        assert found.row_slots.tolist() == rows.slots.tolist()
+        assert found.row_positions.tolist() == (lengths - 1).tolist()
+        num_cut += expected.num_partials > 0
+    assert num_cut > 20
 
 
 def test_sequences_without_rows_have_no_tasks():

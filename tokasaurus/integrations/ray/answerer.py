@@ -60,7 +60,7 @@ class Answerer:
     """
 
     def __init__(self, config: EngineConfig, target: Directory) -> None:
-        configure_logging("engine", config.log_level)
+        configure_logging("engine", config.log_level, config.log_format)
         self._config = config
         self._target = target
         self._state = EngineState()
@@ -94,7 +94,7 @@ class Answerer:
         async def keep(some: list[NewAnswer]) -> None:
             answers.extend(some)
 
-        await Answering(self._answer, capacity, keep).run(iter(block.lines))
+        await Answering(self._answer, capacity, keep, block.name).run(iter(block.lines))
         answers.sort(key=lambda answer: answer.line)
         write_result(self._target, block, [answer.data for answer in answers])
         return BlockDone(

@@ -39,10 +39,15 @@ class _OutpostActor:
     """An outpost as an actor of Ray."""
 
     def run(
-        self, address: tuple[str, int], secret: str, index: int, patience_s: float, log_level: str
+        self,
+        address: tuple[str, int],
+        secret: str,
+        index: int,
+        patience_s: float,
+        log_settings: tuple[str, str],
     ) -> None:
         """Returns when the engine has ended; raises LaunchError if the supervisor is gone."""
-        configure_logging(f"outpost-{index}", log_level)
+        configure_logging(f"outpost-{index}", *log_settings)
         Outpost(address, secret, index).run(patience_s)
 
 
@@ -163,7 +168,7 @@ class _Actors:
     ) -> None:
         self._ray, self._group = ray, group
         self._amount = {"num_cpus": 0, f"num_{bundles.resource.lower()}s": bundles.amount}
-        self._arguments = (config.launch_timeout_s, config.log_level)
+        self._arguments = (config.launch_timeout_s, (config.log_level, config.log_format))
         self._address, self._secret = address, secret
         self._class = ray.remote(_OutpostActor)
         self._runs: dict[int, Any] = {}

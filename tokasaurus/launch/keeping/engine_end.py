@@ -63,7 +63,6 @@ class KeeperEnd:
             answer: of its server.
             process_ids: of its workers.
         """
-        manager = slices.replicas[0].manager
         untaken_bytes, arithmetic = untaken_memory(slices, process_ids)
         self.send(
             Standing(
@@ -71,8 +70,8 @@ class KeeperEnd:
                 has_new_weights=answer.has_new_weights,
                 host=slices.server.host,
                 data_dir=slices.server.data_dir,
-                num_kv_tokens=manager.num_pages * manager.page_size,
-                max_tokens_per_forward=manager.max_tokens_per_forward,
+                num_kv_tokens=slices.memory_plan.kv_tokens,
+                max_tokens_per_forward=slices.replicas[0].manager.max_tokens_per_forward,
                 untaken_bytes=untaken_bytes,
                 untaken_plan=arithmetic,
                 timeout_s=slices.server.restart_timeout_s,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokasaurus.config.memory import size_text
+from tokasaurus.config.memory import amount
 from tokasaurus.config.slices import EngineSlices
 
 __all__ = ["untaken_memory"]
@@ -27,12 +27,12 @@ def untaken_memory(slices: EngineSlices, process_ids: Iterable[int]) -> tuple[in
     workers = [worker for replica in slices.replicas for worker in replica.workers]
     if any(worker.device != "cpu" for worker in workers):
         return 0, ""
-    planned = slices.worker_bytes * len(workers)
+    planned = len(workers) * sum(item.num_bytes for item in slices.memory_plan.items)
     taken = sum(map(_resident_bytes, process_ids))
     untaken = max(0, planned - taken)
     return untaken, (
-        f"the running engine has planned with {size_text(planned)}, of which it has taken"
-        f" {size_text(taken)} so far"
+        f"the running engine has planned with {amount(planned)}, of which it has taken"
+        f" {amount(taken)} so far"
     )
 
 

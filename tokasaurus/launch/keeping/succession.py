@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokasaurus.config.engine import EngineConfig
-from tokasaurus.config.memory import size_text
+from tokasaurus.config.memory import amount
 from tokasaurus.config.resolve import data_dir_of
 from tokasaurus.config.slices import EngineSlices
 from tokasaurus.errors import ConfigError
@@ -71,23 +71,24 @@ def placed_beside(config: EngineConfig, before: Standing) -> tuple[EngineSlices,
     arithmetic = ""
     if before.untaken_bytes:
         arithmetic = (
-            f" ({size_text(devices.memory_bytes)} are free; {before.untaken_plan}; so a new one"
-            f" beside it has {size_text(left)})"
+            f" ({amount(devices.memory_bytes)} are free; {before.untaken_plan}; so a new one"
+            f" beside it has {amount(left)})"
         )
     try:
         slices = assemble(config, dataclasses.replace(devices, memory_bytes=left))
     except ConfigError as error:
         raise ConfigError(f"{error}{arithmetic}") from None
-    manager = slices.replicas[0].manager
+    tokens = slices.replicas[0].manager.max_tokens_per_forward
+    plan = slices.memory_plan.line.removeprefix("memory: ")
     pairs = (
-        ("kv_cache_num_tokens", manager.num_pages * manager.page_size, before.num_kv_tokens),
-        ("max_tokens_per_forward", manager.max_tokens_per_forward, before.max_tokens_per_forward),
+        ("kv_cache_num_tokens", slices.memory_plan.kv_tokens, before.num_kv_tokens),
+        ("max_tokens_per_forward", tokens, before.max_tokens_per_forward),
     )
     for flag, now, then in pairs:
         if now < then and getattr(config, flag) in (None, "auto"):
             raise ConfigError(
                 f"beside the running engine there is room for {flag}={now}, and that engine has"
-                f" {then}: {slices.memory_plan.removeprefix('memory: ')}{arithmetic}; accept it"
-                f" with toka restart {flag}={now}, free memory, or stop toka and start it again"
+                f" {then}: {plan}{arithmetic}; accept it with toka restart {flag}={now}, free"
+                " memory, or stop toka and start it again"
             )
     return slices, LocalLauncher()

@@ -10,7 +10,7 @@ import logging
 import torch
 
 from tokasaurus.errors import ConfigError
-from tokasaurus.model.backend.base import DEFAULT_OPTIONS, Backend, BackendOptions
+from tokasaurus.model.backend.base import DEFAULT_OPTIONS, Backend, BackendOptions, ModelHeads
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.backend.triton.backend import TritonBackend, is_interpreted
@@ -27,7 +27,10 @@ _BACKENDS: dict[str, tuple[type[Backend], ...]] = {
 
 
 def choose_backend(
-    attention: str, device: torch.device, options: BackendOptions = DEFAULT_OPTIONS
+    attention: str,
+    device: torch.device,
+    options: BackendOptions = DEFAULT_OPTIONS,
+    heads: ModelHeads | None = None,
 ) -> type[Backend]:
     """Chooses the backend.
 
@@ -35,19 +38,21 @@ def choose_backend(
         attention: the name of a backend, or "auto" for the best one that runs on this machine.
         device: of the model.
         options: that the backend will get.
+        heads: of the model; None for one that every backend can run.
 
     Raises:
-        ConfigError: the backend or the options cannot run on this device or machine.
+        ConfigError: the backend or the options cannot run on this device or machine, or the backend
+            cannot run the model.
     """
     backends = _BACKENDS[device.type]
     if attention == "auto":
-        return _best(backends, options)
+        return _best(backends, options, heads)
     if is_interpreted():
         # For tests: auto does not take it.
         backends = (*backends, TritonBackend)
     for backend in backends:
         if backend.name == attention:
-            if reason := backend.why_not(options):
+            if reason := _why_not(backend, options, heads):
                 raise ConfigError(f"attention={attention}: {reason}, or set attention=auto")
             return backend
     names = " or ".join(backend.name for backend in backends)
@@ -55,25 +60,41 @@ def choose_backend(
 
 
 def usable_backends(
-    device: torch.device, options: BackendOptions = DEFAULT_OPTIONS
+    device: torch.device,
+    options: BackendOptions = DEFAULT_OPTIONS,
+    heads: ModelHeads | None = None,
 ) -> tuple[type[Backend], ...]:
     """The backends of a kind of device that run on this machine, the best first.
 
     Args:
         device: of the model.
         options: as for ``choose_backend``.
+        heads: as for ``choose_backend``.
 
     Raises:
         ConfigError: the options cannot run on this machine.
     """
-    return tuple(backend for backend in _BACKENDS[device.type] if backend.why_not(options) is None)
+    return tuple(
+        backend for backend in _BACKENDS[device.type] if _why_not(backend, options, heads) is None
+    )
 
 
-def _best(backends: tuple[type[Backend], ...], options: BackendOptions) -> type[Backend]:
+def _best(
+    backends: tuple[type[Backend], ...], options: BackendOptions, heads: ModelHeads | None
+) -> type[Backend]:
     for backend in backends[:-1]:
-        reason = backend.why_not(options)
+        reason = _why_not(backend, options, heads)
         if reason is None:
             log.info("attention=%s", backend.name)
             return backend
         log.warning("attention=%s cannot run, and others are slower: %s", backend.name, reason)
     return backends[-1]
+
+
+def _why_not(
+    backend: type[Backend], options: BackendOptions, heads: ModelHeads | None
+) -> str | None:
+    reason = backend.why_not(options)
+    if reason is None and heads is not None:
+        reason = backend.why_not_model(heads)
+    return reason

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tokasaurus.model.kv_cache import KVCache
@@ -26,8 +27,10 @@ __all__ = [
     "Attention",
     "Backend",
     "BackendOptions",
+    "GraphPlan",
     "GroupedRows",
     "HeadNorms",
+    "ModelHeads",
     "Operators",
     "PrefixGroups",
     "Rotation",
@@ -108,6 +111,10 @@ class SequenceRows:
     page_table: Tensor
     num_decodes: int = 0
     groups: PrefixGroups = NO_GROUPS
+
+    def most_tokens(self) -> int:
+        """Of a sequence; 0 if there is none."""
+        return int(self.kv_lengths.max(initial=0))
 
 
 class Rotation(NamedTuple):
@@ -264,6 +271,34 @@ class Attention(Protocol):
         ...
 
 
+class GraphPlan(Protocol):
+    """Attention whose tensors and grids stay as they are, so that a graph can replay its kernels.
+
+    It has room for a number of rows, each of which decodes. A batch of fewer is filled up with rows
+    that have no sequence: these read and write nothing in the KV cache, and their output may be
+    anything.
+    """
+
+    def attention(self) -> Attention:
+        """Enqueues what the layers share, and returns the attention of the batch filled last.
+
+        Called before the layers, and recorded with them.
+        """
+        ...
+
+    def fill(self, rows: SequenceRows | None) -> bool:
+        """Plans a batch, on the stream that will replay. Nothing is waited for.
+
+        Args:
+            rows: sequences that decode, at most as many as there is room for. None for no sequence
+                at all.
+
+        Returns:
+            False if this batch has to be planned by ``Backend.plan``; then nothing has changed.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class BackendOptions:
     """What a user may choose about kernels.
@@ -278,6 +313,23 @@ class BackendOptions:
 
 
 DEFAULT_OPTIONS = BackendOptions()
+
+
+@dataclass(frozen=True)
+class ModelHeads:
+    """What a model asks of attention, on one device.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: key heads, and as many value heads.
+        head_dim: numbers of a head.
+        dtype: of the heads.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
 
 
 class Backend(Protocol):
@@ -310,6 +362,14 @@ class Backend(Protocol):
         ...
 
     @classmethod
+    def why_not_model(cls, heads: ModelHeads) -> str | None:
+        """Why it cannot run a model with such heads, and the remedy; None if it can.
+
+        Called only if ``why_not`` returns None.
+        """
+        ...
+
+    @classmethod
     def operators(cls, options: BackendOptions) -> Operators:
         """The element-wise kernels. Called only if ``why_not`` returns None."""
         ...
@@ -334,4 +394,17 @@ class Backend(Protocol):
 
     def plan(self, rows: SequenceRows) -> Attention:
         """Prepares what a batch's layers share. Called once per batch, before its layers."""
+        ...
+
+    def graph_plan(self, num_rows: int, page_table: Tensor, max_tokens: int) -> GraphPlan | None:
+        """Makes the tensors that a graph of decodes reads; each call makes others.
+
+        Args:
+            num_rows: of the graph.
+            page_table: [slots, columns] int32, that of every batch.
+            max_tokens: of a sequence. Batches with longer ones do not run as a graph.
+
+        Returns:
+            None if graphs cannot contain its kernels.
+        """
         ...

@@ -33,6 +33,7 @@ from tokasaurus.model.backend.base import (
     BackendOptions,
     GroupedRows,
     HeadNorms,
+    ModelHeads,
     Operators,
     PrefixGroups,
     Rotation,
@@ -66,6 +67,10 @@ class ReferenceBackend:
         return None
 
     @classmethod
+    def why_not_model(cls, heads: ModelHeads) -> str | None:
+        return None
+
+    @classmethod
     def operators(cls, options: BackendOptions) -> Operators:
         return REFERENCE_OPERATORS
 
@@ -85,6 +90,9 @@ class ReferenceBackend:
             int(counts[:num_decodes].sum()), int(counts[num_decodes:].sum())
         )
         return ReferenceAttention(self._cache, self._num_heads, rows)
+
+    def graph_plan(self, num_rows: int, page_table: Tensor, max_tokens: int) -> None:
+        """There is none: how often its loops turn follows from the batch."""
 
 
 class ReferenceAttention:

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokasaurus.model.sampling.slot_names import SlotNames
 from tokasaurus.model.upload import Staged, Staging
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.rounding import ceil_div
@@ -88,9 +89,18 @@ class History:
         max_length: the longest history of one slot.
         num_ids: room for this number of ids in all, besides one block for each slot.
         device: of the ids.
+        names: of the slots' requests, for the log.
     """
 
-    def __init__(self, num_slots: int, max_length: int, num_ids: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        max_length: int,
+        num_ids: int,
+        device: torch.device,
+        names: SlotNames | None = None,
+    ) -> None:
+        self._names = SlotNames() if names is None else names
         num_blocks = num_slots + ceil_div(num_ids, _BLOCK)
         self._memory = torch.zeros(num_blocks, _BLOCK, dtype=torch.int32, device=device)
         self._device = device
@@ -233,6 +243,10 @@ class History:
         self.lengths[slot] = 0
 
     def _lose(self, slot: int) -> None:
-        log.warning("no room to remember the tokens of slot %d: its sequence is cut short", slot)
+        log.warning(
+            "no room to remember the tokens of slot %d: its sequence is cut short",
+            slot,
+            extra=self._names.extra(slot),
+        )
         self._drop(slot)
         self.is_lost[slot] = True

@@ -34,6 +34,7 @@ from tokasaurus.errors import ProtocolError, RequestError
 from tokasaurus.grammars import GrammarCompiler, Vocabulary, holds_json
 from tokasaurus.model.download import Download
 from tokasaurus.model.sampling.digits import DigitLimit, JsonText
+from tokasaurus.model.sampling.slot_names import SlotNames
 from tokasaurus.model.upload import Staging
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import SlotGrammar, SlotParameters
@@ -132,15 +133,20 @@ class Matchers:
         num_slots: of the worker.
         vocab_size: of the model.
         load_vocabulary: called at once in another thread. None if no grammar will come.
+        names: of the slots' requests, for the log.
 
     Attributes:
         waited_s: seconds that ``masks`` has waited in all.
     """
 
     def __init__(
-        self, num_slots: int, vocab_size: int, load_vocabulary: Callable[[], Vocabulary] | None
+        self,
+        num_slots: int,
+        vocab_size: int,
+        load_vocabulary: Callable[[], Vocabulary] | None,
+        names: SlotNames | None = None,
     ) -> None:
-        self._work = _Work(num_slots, vocab_size)
+        self._work = _Work(num_slots, vocab_size, SlotNames() if names is None else names)
         self._thread: ThreadPoolExecutor | None = None
         # Jobs that nothing has waited for yet.
         self._jobs: list[Future[None]] = []
@@ -238,8 +244,9 @@ class _Work:
     _only_eos: NDArray[np.uint8]
     _digit_limit: DigitLimit
 
-    def __init__(self, num_slots: int, vocab_size: int) -> None:
+    def __init__(self, num_slots: int, vocab_size: int, names: SlotNames) -> None:
         self._vocab_size = vocab_size
+        self._names = names
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._matchers: list[llguidance.LLMatcher | None] = [None] * num_slots
         # The texts of slots whose grammar is of JSON.
@@ -260,7 +267,7 @@ class _Work:
     def enter(self, grammar: SlotGrammar) -> None:
         slots = grammar.slots.tolist()
         ends = np.cumsum(grammar.num_generated)
-        compiled = self._compile(grammar.text)
+        compiled = self._compile(grammar.text, slots[0])
         is_json = holds_json(grammar.text)
         for slot, ids in zip(slots, np.split(grammar.generated_ids, ends[:-1]), strict=True):
             matcher = compiled.deep_copy() if compiled is not None else None
@@ -299,13 +306,17 @@ class _Work:
             self._pool.consume_token_par(pairs)
             self._fill(slots)
 
-    def _compile(self, text: str) -> llguidance.LLMatcher | None:
+    def _compile(self, text: str, slot: int) -> llguidance.LLMatcher | None:
         matcher = self._compiled.pop(text, None)
         if matcher is None:
             try:
                 matcher = self._compiler.compile(text)
             except RequestError as error:
-                log.error("a grammar that the server compiled cannot be compiled here: %s", error)
+                log.error(
+                    "a grammar that the server compiled cannot be compiled here: %s",
+                    error,
+                    extra=self._names.extra(slot),
+                )
                 return None
             if len(self._compiled) >= _MAX_COMPILED:
                 self._compiled.popitem(last=False)
@@ -335,7 +346,11 @@ class _Work:
     def _give_up(self, slot: int) -> None:
         matcher = self._matchers[slot]
         if matcher is not None:
-            log.warning("a grammar cannot be followed any further: %s", matcher.get_error())
+            log.warning(
+                "a grammar cannot be followed any further: %s",
+                matcher.get_error(),
+                extra=self._names.extra(slot),
+            )
         self._matchers[slot] = None
         self.given_up[slot] = True
         self.masks[slot].view(np.uint8)[:] = self._only_eos

@@ -42,7 +42,7 @@ _library.define(  # type: ignore[no-untyped-call]
 
 
 class CompiledRunner:
-    """Implements ``Runner``.
+    """Implements ``LayersRunner``.
 
     A graph is compiled for batches of one row, and another for all others, whose number of rows is
     a variable. ``warm_up`` compiles both.
@@ -82,10 +82,15 @@ class CompiledRunner:
         # A batch may consist of changes to the tables, without any row.
         if not planned.num_rows:
             return torch.empty(0, 0, device=planned.inputs.device)
-        _current.attention = self._backend.plan(planned.sequences)
-        hidden: Tensor = self._forward(planned.inputs, planned.positions, self._attention)
+        attention = self._backend.plan(planned.sequences)
+        hidden = self.call_layers(planned.inputs, planned.positions, attention)
         # A graph may write its next result to the same place.
         return hidden if self._is_last else hidden.clone()
+
+    def call_layers(self, inputs: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        _current.attention = attention
+        hidden: Tensor = self._forward(inputs, positions, self._attention)
+        return hidden
 
     def warmed_up(self) -> None:
         self._num_expected = _num_graphs()

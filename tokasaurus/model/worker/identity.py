@@ -33,9 +33,13 @@ _WITHOUT_EFFECT = frozenset(
         "model_path",  # the digests of the model stand for it
         "trust_remote_code",
         "deterministic",  # without it there are no receipts
+        "cudagraph_sizes",  # on cuda there are no receipts
+        "cudagraph_max_tokens",
         "use_groups",
         "page_size",
         "num_pages",
+        "least_pages",
+        "most_pages",
         "num_slots",
         "max_seqs_per_forward",
         "max_tokens_per_forward",

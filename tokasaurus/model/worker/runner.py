@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tokasaurus.model.architectures.llama_model import LlamaModel
-from tokasaurus.model.backend.base import Backend
+from tokasaurus.model.backend.base import Attention, Backend
 from tokasaurus.model.worker.slot_state import PlannedBatch
 
-__all__ = ["EagerRunner", "Runner"]
+__all__ = ["EagerRunner", "LayersRunner", "Runner"]
 
 
 class Runner(Protocol):
@@ -58,8 +58,25 @@ class Runner(Protocol):
         ...
 
 
+class LayersRunner(Runner, Protocol):
+    """A runner whose layers can be called apart from a batch, to record them."""
+
+    def call_layers(self, inputs: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Enqueues the layers, and does not wait for them.
+
+        Args:
+            inputs: as in ``PlannedBatch``.
+            positions: [rows] int64.
+            attention: of these rows.
+
+        Returns:
+            [rows, hidden].
+        """
+        ...
+
+
 class EagerRunner:
-    """Implements ``Runner``: calls the model's layers anew for each batch.
+    """Implements ``LayersRunner``: calls the model's layers anew for each batch.
 
     Args:
         model: the layers.
@@ -75,7 +92,10 @@ class EagerRunner:
         if not planned.num_rows:
             return torch.empty(0, 0, device=planned.inputs.device)
         attention = self._backend.plan(planned.sequences)
-        hidden: Tensor = self._model(planned.inputs, planned.positions, attention)
+        return self.call_layers(planned.inputs, planned.positions, attention)
+
+    def call_layers(self, inputs: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        hidden: Tensor = self._model(inputs, positions, attention)
         return hidden
 
     @property

@@ -22,6 +22,7 @@ from tokasaurus.model.sampling.drawing import plan_draws, plan_scores
 from tokasaurus.model.sampling.history import History
 from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
+from tokasaurus.model.sampling.slot_names import SlotNames
 from tokasaurus.model.upload import Staged, Staging
 from tokasaurus.model.worker.pooling import PlannedPooling, Pooler
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
@@ -84,6 +85,7 @@ class SlotState:
         vocab_size: ids are below it.
         device: of the page table and the last tokens.
         kernels: of sampling; None if the device has none of its own.
+        names: of the slots' requests, which are kept up here.
     """
 
     def __init__(
@@ -96,7 +98,9 @@ class SlotState:
         vocab_size: int,
         device: torch.device,
         kernels: SamplingKernels | None = None,
+        names: SlotNames | None = None,
     ) -> None:
+        self._names = SlotNames() if names is None else names
         self._kernels = kernels
         self._num_slots, self._num_pages, self._page_size = num_slots, num_pages, page_size
         self._vocab_size = vocab_size
@@ -114,7 +118,11 @@ class SlotState:
         # sequences share pages. Sequences whose pages were already given back, while their last
         # batches are in flight, may hold as many again.
         history = History(
-            num_slots, max_request_tokens, _HISTORY_SHARE * num_pages * page_size, device
+            num_slots,
+            max_request_tokens,
+            _HISTORY_SHARE * num_pages * page_size,
+            device,
+            self._names,
         )
         self.adjustments = AdjustmentTable(num_slots, vocab_size, history, device)
         self.pooler = Pooler()
@@ -318,6 +326,7 @@ class SlotState:
     def _enter(self, parameters: SlotParameters, staging: Staging) -> None:
         slots = parameters.slots
         self._check_range("slots of parameters", slots, self._num_slots)
+        self._names.enter(parameters)
         self.lengths[slots] = 0
         self.pages_held[slots] = 0
         self.sampling.assign(parameters)

@@ -25,9 +25,15 @@ from tokasaurus.errors import ConfigError, ProtocolError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.host_memory import keep_freed_memory
 from tokasaurus.model.backend import choose_backend
-from tokasaurus.model.backend.base import NO_GROUPED_ROWS, BackendOptions, GroupedRows
+from tokasaurus.model.backend.base import (
+    NO_GROUPED_ROWS,
+    BackendOptions,
+    GroupedRows,
+    ModelHeads,
+)
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
+from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
@@ -40,16 +46,19 @@ from tokasaurus.model.placement import Placement
 from tokasaurus.model.sampling.drawing import draw_tokens, give_logits, score_prompts
 from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
+from tokasaurus.model.sampling.slot_names import SlotNames
 from tokasaurus.model.weights.loader import load_model
 from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_for_device
 from tokasaurus.model.worker.controls import Controls
 from tokasaurus.model.worker.determinism import settle_determinism
+from tokasaurus.model.worker.device_graphs import CudaGraphs
+from tokasaurus.model.worker.graphed_runner import graphed
 from tokasaurus.model.worker.identity import make_identity
 from tokasaurus.model.worker.overlapped_runner import OverlappedRunner
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
 from tokasaurus.model.worker.pipeline import Pipeline
 from tokasaurus.model.worker.recorded_runner import RecordedRunner
-from tokasaurus.model.worker.runner import EagerRunner, Runner
+from tokasaurus.model.worker.runner import EagerRunner, LayersRunner, Runner
 from tokasaurus.model.worker.slot_state import PlannedBatch, SlotState
 from tokasaurus.model.worker.stage_costs import choose_stage
 from tokasaurus.model.worker.warm_up import warm_up_batches
@@ -108,7 +117,9 @@ class Worker:
         self._config = config
         self._device = _device(config)
         options = BackendOptions(config.instruction_set, config.use_groups)
-        backend = choose_backend(config.attention, self._device, options)
+        model_config = read_model_config(config.model_path, config.rope_scaling)
+        heads = _heads(config, model_config)
+        backend = choose_backend(config.attention, self._device, options, heads)
         place = Placement(
             _DTYPES[config.dtype],
             self._device,
@@ -119,7 +130,6 @@ class Worker:
             quantization=config.quantization,
         )
         place = choose_linear(place)
-        model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
         self.ranks = Ranks(
             config.rank, config.tp_size, config.pp_size, rendezvous, device=self._device
@@ -129,12 +139,9 @@ class Worker:
         parallel = open_tensor_parallel(self.ranks.tp_group, self._device, config.instruction_set)
         overlap = open_overlap(self.ranks, place.linear, config.async_tp_threshold)
         place = replace(place, parallel=parallel, overlap=overlap)
-        num_heads, num_kv_heads = (
-            len(dealt(count, self.ranks.tp_rank, self.ranks.tp_size))
-            for count in (model_config.num_heads, model_config.num_kv_heads)
-        )
         vocabulary = load_vocabulary if self.ranks.samples else None
-        self._matchers = Matchers(config.num_slots, self._vocab_size, vocabulary)
+        names = SlotNames()
+        self._matchers = Matchers(config.num_slots, self._vocab_size, vocabulary, names)
         self._model, self.weights, files = load_model(
             config.model_path, model_config, place, config.load_format, stage
         )
@@ -152,13 +159,23 @@ class Worker:
             num_layers=len(stage),
             num_pages=config.num_pages,
             page_size=config.page_size,
-            num_kv_heads=num_kv_heads,
-            head_dim=model_config.head_dim,
+            num_kv_heads=heads.num_kv_heads,
+            head_dim=heads.head_dim,
             dtype=place.dtype,
             device=place.device,
         )
-        self._backend = backend(self._cache, num_heads, options)
-        self._runner = self._make_runner(num_heads)
+        self._backend = backend(self._cache, heads.num_heads, options)
+        self._state = SlotState(
+            num_slots=config.num_slots,
+            num_pages=config.num_pages,
+            page_size=config.page_size,
+            max_request_tokens=config.max_request_tokens,
+            vocab_size=self._vocab_size,
+            device=self._device,
+            kernels=sampling,
+            names=names,
+        )
+        self._runner = self._make_runner(heads.num_heads, model_config.hidden_size)
         if overlap is not None:
             self._runner = OverlappedRunner(self._runner, self._model, self._backend, overlap)
         self._controls = Controls(
@@ -171,15 +188,6 @@ class Worker:
             model_config,
             stage,
             WeightsGroups(self.weights, self.ranks, self._device, replica, report),
-        )
-        self._state = SlotState(
-            num_slots=config.num_slots,
-            num_pages=config.num_pages,
-            page_size=config.page_size,
-            max_request_tokens=config.max_request_tokens,
-            vocab_size=self._vocab_size,
-            device=self._device,
-            kernels=sampling,
         )
         self._pipeline = Pipeline(
             self.ranks,
@@ -200,17 +208,37 @@ class Worker:
         )
         log.info("%s", self.determinism_reason)
 
-    def _make_runner(self, num_heads: int) -> Runner:
+    def _make_runner(self, num_heads: int, hidden_size: int) -> Runner:
         config = self._config
         if not config.torch_compile:
             if isinstance(self._backend, CompiledBackend):
                 return RecordedRunner(self._model, self._backend, config.max_tokens_per_forward)
-            return EagerRunner(self._model, self._backend)
+            return self._with_graphs(EagerRunner(self._model, self._backend), hidden_size)
         # To import what compiles takes seconds.
         from tokasaurus.model.worker.compiled_runner import CompiledRunner
 
         options = json.loads(config.torch_compile_config or "{}")
-        return CompiledRunner(self._model, self._backend, num_heads, self._cache.head_dim, options)
+        runner = CompiledRunner(
+            self._model, self._backend, num_heads, self._cache.head_dim, options
+        )
+        return self._with_graphs(runner, hidden_size)
+
+    def _with_graphs(self, runner: LayersRunner, hidden_size: int) -> Runner:
+        """Decodes run as graphs, if the device and the backend have them."""
+        config = self._config
+        if self._device.type != "cuda" or not config.cudagraph_sizes:
+            return runner
+        return graphed(
+            runner,
+            self._backend,
+            self._model,
+            hidden_size,
+            self._cache.dtype,
+            self._state.page_table,
+            config.cudagraph_sizes,
+            config.cudagraph_max_tokens,
+            lambda: CudaGraphs(self._device),
+        )
 
     def warm_up(self) -> float:
         """Runs the largest possible batches, so that a lack of memory shows now.
@@ -374,6 +402,16 @@ def _device(config: WorkerConfig) -> torch.device:
     device = torch.device(config.device, config.device_index)
     torch.cuda.set_device(device)  # for kernels and streams that name no device
     return device
+
+
+def _heads(config: WorkerConfig, model: ModelConfig) -> ModelHeads:
+    """Those that this rank has."""
+    tp_rank = config.rank % config.tp_size
+    num_heads, num_kv_heads = (
+        len(dealt(count, tp_rank, config.tp_size))
+        for count in (model.num_heads, model.num_kv_heads)
+    )
+    return ModelHeads(num_heads, num_kv_heads, model.head_dim, _DTYPES[config.dtype])
 
 
 def _refuse_other_attention(ranks: Ranks, name: str) -> None:

@@ -1,6 +1,7 @@
 """Names each request, in ``X-Request-Id``: by the client's name for it, or by a new one.
 
-Every answer carries the name. This is the outermost layer, so errors of the others carry it, too.
+Every answer carries the name, and so does what is logged meanwhile. This is the outermost layer, so
+errors of the others carry it, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import secrets
 from collections.abc import Awaitable, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tokasaurus.observability.request_names import serving
 
 __all__ = ["REQUEST_ID", "REQUEST_ID_HEADER", "RequestIds", "new_request_id", "request_id_of"]
 
@@ -57,8 +60,9 @@ class RequestIds:
                 message["headers"] = [*message["headers"], (REQUEST_ID_HEADER, request_id)]
             return send(message)
 
-        try:
-            await self._app(scope, receive, naming)
-        except Exception:  # the client has its answer, and the web server logs the error
-            log.error("the request %s failed", scope[REQUEST_ID])
-            raise
+        with serving(scope[REQUEST_ID]):
+            try:
+                await self._app(scope, receive, naming)
+            except Exception:  # the client has its answer, and the web server logs the error
+                log.error("the request %s failed", scope[REQUEST_ID])
+                raise

@@ -23,6 +23,7 @@ from tokasaurus.model.backend.base import (
     NO_GROUPED_ROWS,
     BackendOptions,
     HeadNorms,
+    ModelHeads,
     Operators,
     Rotation,
     SamplingKernels,
@@ -142,6 +143,10 @@ class CompiledBackend:
         return None
 
     @classmethod
+    def why_not_model(cls, heads: ModelHeads) -> str | None:
+        return None
+
+    @classmethod
     def operators(cls, options: BackendOptions) -> Operators:
         return load_operators(options.instruction_set)
 
@@ -204,6 +209,9 @@ class CompiledBackend:
         )
         self._workspace = attention.use_workspace(self._workspace)
         return attention
+
+    def graph_plan(self, num_rows: int, page_table: Tensor, max_tokens: int) -> None:
+        """There is none: layers are recorded by ``RecordedRunner``."""
 
 
 class CompiledAttention:

@@ -21,6 +21,7 @@ from tokasaurus.model.backend.base import (
     NO_GROUPED_ROWS,
     BackendOptions,
     HeadNorms,
+    ModelHeads,
     Operators,
     Rotation,
     SamplingKernels,
@@ -33,11 +34,12 @@ from tokasaurus.model.backend.grouping import (
     KernelBlocks,
     choose_groups,
 )
-from tokasaurus.model.backend.triton.planning import Plan, Tiles, plan_tasks
+from tokasaurus.model.backend.triton.device_plan import DevicePlan, plan_decodes, send_plan
+from tokasaurus.model.backend.triton.planning import Tiles, plan_tasks
 from tokasaurus.model.backend.triton.shapes import AttentionShape
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.upload import Staging
-from tokasaurus.rounding import ceil_div, round_up
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["TritonAttention", "TritonBackend", "is_interpreted"]
 
@@ -48,9 +50,6 @@ _PROGRAMS_PER_PROCESSOR = 4
 
 # Of a device without any: the interpreter runs one program after the other.
 _PROCESSORS_OF_INTERPRETER = 2
-
-# Of a part of the plan: kernels are compiled for addresses that are multiples of 16 bytes.
-_ALIGNMENT = 4
 
 _OLDEST = (8, 0)
 """The compute capability of the first devices with bf16 and asynchronous copies."""
@@ -77,6 +76,10 @@ class TritonBackend:
     @classmethod
     def why_not(cls, options: BackendOptions) -> str | None:
         return _why_not()
+
+    @classmethod
+    def why_not_model(cls, heads: ModelHeads) -> str | None:
+        return None
 
     @classmethod
     def operators(cls, options: BackendOptions) -> Operators:
@@ -117,8 +120,57 @@ class TritonBackend:
     def plan(self, rows: SequenceRows) -> TritonAttention:
         groups = choose_groups(rows, self._cache.page_size, 1, self._costs)
         self.grouped_rows = groups.grouped_rows(rows)
-        plan = plan_tasks(rows, groups, self._tiles)
+        plan = send_plan(plan_tasks(rows, groups, self._tiles), rows.page_table.device)
         return TritonAttention(self._cache, self._shape, plan, rows.page_table)
+
+    def graph_plan(self, num_rows: int, page_table: Tensor, max_tokens: int) -> TritonGraphPlan:
+        return TritonGraphPlan(self, num_rows, page_table)
+
+    def plan_in_graph(self, rows: SequenceRows) -> bool:
+        """Counts the rows of groups. Returns False if any were chosen: graphs have none."""
+        groups = choose_groups(rows, self._cache.page_size, 1, self._costs)
+        if len(groups.first_rows):
+            return False
+        self.grouped_rows = NO_GROUPED_ROWS
+        return True
+
+    def attention_of_decodes(
+        self, slots: Tensor, lengths: Tensor, page_table: Tensor
+    ) -> TritonAttention:
+        """Attention that the device plans from what it knows, as ``plan_decodes`` does."""
+        plan = plan_decodes(slots, lengths, self._tiles)
+        return TritonAttention(self._cache, self._shape, plan, page_table)
+
+
+class TritonGraphPlan:
+    """Implements ``GraphPlan``. The graph contains the planning, too.
+
+    Args:
+        backend: whose attention it is.
+        num_rows: of the graph.
+        page_table: [slots, columns] int32, on the device.
+    """
+
+    def __init__(self, backend: TritonBackend, num_rows: int, page_table: Tensor) -> None:
+        self._backend, self._page_table = backend, page_table
+        # Slots and lengths. A row of length 0 has no sequence.
+        self._rows = torch.zeros(2, num_rows, dtype=torch.int32, device=page_table.device)
+
+    def attention(self) -> TritonAttention:
+        slots, lengths = self._rows
+        return self._backend.attention_of_decodes(slots, lengths, self._page_table)
+
+    def fill(self, rows: SequenceRows | None) -> bool:
+        if rows is not None and not self._backend.plan_in_graph(rows):
+            return False
+        whole = np.zeros(self._rows.shape, np.int32)
+        if rows is not None:
+            whole[:, : len(rows.slots)] = rows.slots, rows.kv_lengths
+        staging = Staging(self._rows.device)
+        staged = staging.add(whole)
+        staging.send()
+        self._rows.copy_(staged.tensor)
+        return True
 
 
 class TritonAttention:
@@ -127,28 +179,26 @@ class TritonAttention:
     Args:
         cache: of the backend.
         shape: of the backend.
-        plan: of the batch, which is sent to the device in one copy.
+        plan: of the batch.
         page_table: [slots, columns] int32, on the device.
     """
 
     def __init__(
-        self, cache: KVCache, shape: AttentionShape, plan: Plan, page_table: Tensor
+        self, cache: KVCache, shape: AttentionShape, plan: DevicePlan, page_table: Tensor
     ) -> None:
         # Where this runs Triton is installed.
         from tokasaurus.model.backend.triton import attention_kernels
 
         self._kernels = attention_kernels
         self._cache, self._shape, self._page_table = cache, shape, page_table
-        device = page_table.device
-        arrays = _sent(plan, device)
-        self._row_slots, self._row_positions, self._partial_starts, self._merged_rows = arrays[:4]
-        counts = len(plan.few_tasks), len(plan.many_tasks)
+        self._plan = plan
         self._launches = [
-            launch for launch in zip(shape.blocks, arrays[4:], counts, strict=True) if launch[2]
+            (block, tasks)
+            for block, tasks in zip(shape.blocks, (plan.few_tasks, plan.many_tasks), strict=True)
+            if len(tasks)
         ]
-        self._num_merged = len(plan.merged_rows)
         # All layers use the same room, one after the other.
-        room = max(plan.num_partials, 1), shape.num_heads
+        room, device = (max(plan.num_partials, 1), shape.num_heads), page_table.device
         self._partials = torch.empty(*room, shape.head_dim, dtype=torch.float32, device=device)
         self._lses = torch.empty(room, dtype=torch.float32, device=device)
 
@@ -160,9 +210,9 @@ class TritonAttention:
         output = torch.empty_like(query)
         if num_rows:
             self._prepare(layer, heads, rotation, norms, query)
-            for block, tasks, count in self._launches:
-                self._attend(layer, query, output, block, tasks, count)
-            if self._num_merged:
+            for block, tasks in self._launches:
+                self._attend(layer, query, output, block, tasks)
+            if len(self._plan.merged_rows):
                 self._merge(output)
         return output.flatten(1)
 
@@ -188,8 +238,8 @@ class TritonAttention:
             cache.keys[layer],
             cache.values[layer],
             self._page_table,
-            self._row_slots,
-            self._row_positions,
+            self._plan.row_slots,
+            self._plan.row_positions,
             num_rows,
             heads.stride(0),
             self._page_table.stride(0),
@@ -198,11 +248,9 @@ class TritonAttention:
             **shape.preparing,
         )
 
-    def _attend(
-        self, layer: int, query: Tensor, output: Tensor, block: int, tasks: Tensor, count: int
-    ) -> None:
-        cache, shape = self._cache, self._shape
-        self._kernels.attend_task[count * shape.num_kv_heads,](
+    def _attend(self, layer: int, query: Tensor, output: Tensor, block: int, tasks: Tensor) -> None:
+        cache, shape, plan = self._cache, self._shape, self._plan
+        self._kernels.attend_task[len(tasks) * shape.num_kv_heads,](
             query,
             cache.keys[layer],
             cache.values[layer],
@@ -210,8 +258,8 @@ class TritonAttention:
             self._partials,
             self._lses,
             self._page_table,
-            self._row_positions,
-            self._partial_starts,
+            plan.row_positions,
+            plan.partial_starts,
             tasks,
             self._page_table.stride(0),
             shape.head_dim**-0.5,
@@ -220,34 +268,15 @@ class TritonAttention:
         )
 
     def _merge(self, output: Tensor) -> None:
-        self._kernels.merge_partials[self._num_merged, self._shape.num_merging](
+        merged_rows = self._plan.merged_rows
+        self._kernels.merge_partials[len(merged_rows), self._shape.num_merging](
             output,
             self._partials,
             self._lses,
-            self._partial_starts,
-            self._merged_rows,
+            self._plan.partial_starts,
+            merged_rows,
             **self._shape.merging,
         )
-
-
-def _sent(plan: Plan, device: torch.device) -> list[Tensor]:
-    """The arrays of a plan on the device, in one copy. Each begins at a multiple of 16 bytes."""
-    arrays = (
-        plan.row_slots,
-        plan.row_positions,
-        plan.partial_starts,
-        plan.merged_rows,
-        plan.few_tasks.ravel(),
-        plan.many_tasks.ravel(),
-    )
-    sizes = [round_up(len(array), _ALIGNMENT) for array in arrays]
-    whole = np.zeros(sum(sizes), np.int32)
-    for array, part in zip(arrays, np.split(whole, np.cumsum(sizes)[:-1]), strict=True):
-        part[: len(array)] = array
-    staging = Staging(device)
-    staged = staging.add(whole)
-    staging.send()
-    return list(staged.tensor.split_with_sizes(sizes))
 
 
 def _group_bytes(cache: KVCache, num_heads: int, tiles: Tiles) -> GroupCosts:

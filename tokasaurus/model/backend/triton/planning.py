@@ -38,10 +38,10 @@ TASK_SIZE = 8
 other from it, the row behind these, number of rows, ordinal of its partial results."""
 
 # A task of few positions costs more to merge than another program saves, as far as is known.
-_SHORTEST_TASK = 256
+SHORTEST_TASK = 256
 
 # Positions of a task are a multiple of this, except for the last.
-_STEP = 64
+STEP = 64
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,9 @@ def _blocks(sources: _Sources, tiles: Tiles) -> _Blocks:
     unseen = np.where(sources.is_group[source], 0, num_rows - lasts).astype(np.int32)
     ends = sources.ends[source] - unseen
     lengths = ends - sources.begins[source]
-    longest = max(ceil_div(int(lengths.sum(dtype=np.int64)), tiles.num_programs), _SHORTEST_TASK)
+    longest = max(ceil_div(int(lengths.sum(dtype=np.int64)), tiles.num_programs), SHORTEST_TASK)
     # Parts of a range are equally long, but for the last.
-    steps = ceil_div(ceil_div(lengths, ceil_div(lengths, np.int32(longest))), _STEP) * _STEP
+    steps = ceil_div(ceil_div(lengths, ceil_div(lengths, np.int32(longest))), STEP) * STEP
     num_tasks = ceil_div(lengths, steps)
     return _Blocks(source, firsts, lasts, ends, steps, num_tasks, fits[source])
 

@@ -1,0 +1,12 @@
+"""Commands of ``toka`` besides serving: ``toka plan ...`` runs the module ``plan`` of this package.
+
+``entry`` looks the first word of a command line up here. Like the entry, a command may import any
+room, and no room imports one.
+"""
+
+__all__ = ["COMMANDS"]
+
+# Modules of this package, and what they do.
+COMMANDS = {
+    "plan": "predict how fast a model would run a workload on a device, and with which flags",
+}

@@ -1,0 +1,127 @@
+"""What the kernels of attention need of a batch, on the device.
+
+A batch of decodes without groups is planned there, from the lengths that are there. This gives what
+``plan_tasks`` gives, and a row may have no sequence. Since the host does not have to know a length,
+it does the same work for any number of sequences, and a graph can contain all of it::
+
+    lengths           70   0  400        the second row has no sequence
+    tasks              1   0    2
+    partial_starts     0   0    0    2
+
+The host does not know how many tasks there are either. It knows a bound, and behind the last task
+there are tasks of zeros, which do nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokasaurus.model.backend.triton import planning
+from tokasaurus.model.backend.triton.planning import TASK_SIZE, Plan, Tiles
+from tokasaurus.model.upload import Staging
+from tokasaurus.rounding import round_up
+
+__all__ = ["DevicePlan", "plan_decodes", "send_plan"]
+
+# Of a part of a plan: kernels are compiled for addresses that are multiples of 16 bytes.
+_ALIGNMENT = 4
+
+
+@dataclass(frozen=True, eq=False)
+class DevicePlan:
+    """A plan on the device, in int32; ``Plan`` says what it holds, and what may fill it up.
+
+    Attributes:
+        row_slots: [rows].
+        row_positions: [rows].
+        partial_starts: [rows + 1].
+        merged_rows: each row that has partial results, at least once.
+        few_tasks: [tasks, TASK_SIZE].
+        many_tasks: [tasks, TASK_SIZE].
+        num_partials: partial results that there has to be room for.
+    """
+
+    row_slots: Tensor
+    row_positions: Tensor
+    partial_starts: Tensor
+    merged_rows: Tensor
+    few_tasks: Tensor
+    many_tasks: Tensor
+    num_partials: int
+
+
+def send_plan(plan: Plan, device: torch.device) -> DevicePlan:
+    """Copies a plan to the device, in one copy."""
+    arrays = (
+        plan.row_slots,
+        plan.row_positions,
+        plan.partial_starts,
+        plan.merged_rows,
+        plan.few_tasks.ravel(),
+        plan.many_tasks.ravel(),
+    )
+    sizes = [round_up(len(array), _ALIGNMENT) for array in arrays]
+    whole = np.zeros(sum(sizes), np.int32)
+    for array, part in zip(arrays, np.split(whole, np.cumsum(sizes)[:-1]), strict=True):
+        part[: len(array)] = array
+    staging = Staging(device)
+    staged = staging.add(whole)
+    staging.send()
+    parts = staged.tensor.split_with_sizes(sizes)
+    slots, positions, starts, merged, few, many = (
+        part[: len(array)] for part, array in zip(parts, arrays, strict=True)
+    )
+    tasks = few.view(-1, TASK_SIZE), many.view(-1, TASK_SIZE)
+    return DevicePlan(slots, positions, starts, merged, *tasks, plan.num_partials)
+
+
+def plan_decodes(slots: Tensor, lengths: Tensor, tiles: Tiles) -> DevicePlan:
+    """Plans a batch of decodes without groups. Nothing waits for the device.
+
+    Args:
+        slots: [rows] int32, at least one.
+        lengths: [rows] int32, with the position of this batch; 0 where there is no sequence.
+        tiles: of the kernels.
+    """
+    num_rows, device = len(slots), slots.device
+    # As in ``planning``: the positions that would be a program's share, in whole steps, are a task.
+    longest = _ceil_div(lengths.sum(), tiles.num_programs).clamp(min=planning.SHORTEST_TASK)
+    parts = _ceil_div(lengths, longest)
+    steps = _ceil_div(_ceil_div(lengths, parts.clamp(min=1)), planning.STEP) * planning.STEP
+    num_tasks = _ceil_div(lengths, steps.clamp(min=1))
+    ends = num_tasks.cumsum(0)
+    # The last task of each row, and as many others as there are shares.
+    most_tasks = num_rows + tiles.num_programs
+    task = torch.arange(most_tasks, device=device)
+    row = torch.searchsorted(ends, task, right=True).clamp(max=num_rows - 1)
+    number = task - (ends - num_tasks)[row]
+    begins, one = number * steps[row], torch.ones_like(row)
+    task_ends = torch.minimum(begins + steps[row], lengths[row])
+    tasks = torch.stack((slots[row], begins, task_ends, row, one, row, one, number), dim=1)
+    tasks *= (task < ends[-1])[:, None]
+    has_partials = num_tasks > 1
+    partial_starts = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
+    torch.cumsum(num_tasks * has_partials, 0, dtype=torch.int32, out=partial_starts[1:])
+    # Fewer rows than there are shares have more than one. The first row fills the list up: to
+    # merge it twice, or without partial results, changes nothing.
+    room = min(num_rows, tiles.num_programs)
+    places = (has_partials.cumsum(0) - 1).where(has_partials, room)
+    merged = torch.zeros(room + 1, dtype=torch.int32, device=device)
+    merged.scatter_(0, places, torch.arange(num_rows, dtype=torch.int32, device=device))
+    return DevicePlan(
+        row_slots=slots,
+        row_positions=lengths - 1,
+        partial_starts=partial_starts,
+        merged_rows=merged[:room],
+        few_tasks=tasks.to(torch.int32),
+        many_tasks=tasks.new_empty(0, TASK_SIZE, dtype=torch.int32),
+        num_partials=most_tasks,
+    )
+
+
+def _ceil_div(number: Tensor, by: Tensor | int) -> Tensor:
+    return (number + by - 1) // by
