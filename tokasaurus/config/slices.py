@@ -201,7 +201,7 @@ class WorkerConfig:
     # Among the visible devices; None on "cpu", and for the device that the process has chosen.
     device_index: int | None
     dtype: str  # "float32", "bfloat16" or "float16"
-    attention: str  # "auto", "compiled", "triton" or "reference"
+    attention: str  # "auto", "compiled", "flashinfer", "triton" or "reference"
     instruction_set: str  # of the kernels on "cpu"; "auto" for the best one
     use_groups: bool | None  # read a shared prefix once; None where that saves time
     linear: str  # "auto", "plain" or "packed"

@@ -34,6 +34,7 @@ from tokasaurus.model.backend.grouping import (
     KernelBlocks,
     choose_groups,
 )
+from tokasaurus.model.backend.multiprocessors import num_multiprocessors
 from tokasaurus.model.backend.triton.device_plan import DevicePlan, plan_decodes, send_plan
 from tokasaurus.model.backend.triton.planning import Tiles, plan_tasks
 from tokasaurus.model.backend.triton.shapes import AttentionShape
@@ -47,9 +48,6 @@ log = logging.getLogger(__name__)
 
 # Programs for each multiprocessor of a device, which it has in part at a time.
 _PROGRAMS_PER_PROCESSOR = 4
-
-# Of a device without any: the interpreter runs one program after the other.
-_PROCESSORS_OF_INTERPRETER = 2
 
 _OLDEST = (8, 0)
 """The compute capability of the first devices with bf16 and asynchronous copies."""
@@ -106,7 +104,7 @@ class TritonBackend:
             is_interpreted(),
         )
         few, many = (block // self._shape.group for block in self._shape.blocks)
-        num_programs = _num_processors(cache.keys[0].device) * _PROGRAMS_PER_PROCESSOR
+        num_programs = num_multiprocessors(cache.keys[0].device) * _PROGRAMS_PER_PROCESSOR
         self._tiles = Tiles(few, many, ceil_div(num_programs, cache.num_kv_heads))
         if options.use_groups is None:
             self._costs = _group_bytes(cache, num_heads, self._tiles)
@@ -288,13 +286,6 @@ def _group_bytes(cache: KVCache, num_heads: int, tiles: Tiles) -> GroupCosts:
     token = 2.0 * cache.num_kv_heads * cache.head_dim * cache.dtype.itemsize
     partial = num_heads * (cache.head_dim + 1) * torch.float32.itemsize
     return GroupCosts(token, token, 4.0 * partial, 0.0, KernelBlocks(tiles.many_rows, 1))
-
-
-def _num_processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _PROCESSORS_OF_INTERPRETER
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
 
 
 @cache
