@@ -218,7 +218,7 @@ class Supervisor:
         self._selector.register(self._wake_watcher, selectors.EVENT_READ, None)
         if self._keeper is not None:
             self._selector.register(self._keeper, selectors.EVENT_READ, self._keeper)
-            self._keeper.send(Watches())
+            self._keeper.send(Watches(self._slices.server.restart_timeout_s))
         ours, theirs = Lifeline.pair()
         try:
             self._launch_all(ours)

@@ -74,7 +74,6 @@ class KeeperEnd:
                 max_tokens_per_forward=slices.replicas[0].manager.max_tokens_per_forward,
                 untaken_bytes=untaken_bytes,
                 untaken_plan=arithmetic,
-                timeout_s=slices.server.restart_timeout_s,
             )
         )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from tokasaurus.launch.keeping.notes import Begin, End, EngineLink, Standing
 from tokasaurus.launch.process import how_it_ended
@@ -22,7 +23,8 @@ class EngineProcess:
         added_words: of its command line, by restarts.
         process: of its supervisor.
         link: the keeper's end.
-        watches: it reads notes.
+        started_at: as ``time.monotonic`` counts.
+        timeout_s: its ``restart_timeout_s``; None until it reads notes.
         serves: it answers clients.
         standing: what it has said last when a restart was wanted.
         reason: why it cannot serve, as it has said before its end.
@@ -32,14 +34,15 @@ class EngineProcess:
     added_words: tuple[str, ...]
     process: subprocess.Popen[bytes]
     link: EngineLink
-    watches: bool = False
+    started_at: float = field(default_factory=time.monotonic)
+    timeout_s: float | None = None
     serves: bool = False
     standing: Standing | None = None
     reason: str | None = None
 
     def end(self) -> None:
         """Lets it drain; the second time, ends it at once."""
-        if self.watches:
+        if self.timeout_s is not None:
             self.link.send(End())
         else:  # it loads code, or looks for the model, and has nothing to save
             self.process.kill()

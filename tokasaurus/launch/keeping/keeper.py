@@ -166,11 +166,17 @@ class Keeper:
             if isinstance(note, CannotServe):
                 engine.reason = note.reason
             elif isinstance(note, Watches):
-                engine.watches = True
+                self._on_watches(engine, note)
             elif isinstance(note, Serves):
                 self._on_serves(engine)
             elif isinstance(note, Standing):
                 self._on_standing(engine, note)
+
+    def _on_watches(self, engine: EngineProcess, note: Watches) -> None:
+        engine.timeout_s = note.timeout_s
+        if engine is self._successor and self._restart is not None:
+            # The flags of the new engine win.
+            self._restart.deadline = engine.started_at + note.timeout_s
 
     def _on_serves(self, engine: EngineProcess) -> None:
         engine.serves = True
@@ -185,18 +191,20 @@ class Keeper:
             self._finish("the new engine serves; the old one had ended before")
             return
         self._retiring = old
-        limit_s = 0.0 if old.standing is None else old.standing.timeout_s
+        limit_s = engine.timeout_s or 0.0
         restart.stage, restart.deadline = "finishing", time.monotonic() + limit_s + _GRACE_S
         old.link.send(StepDown(engine.number, limit_s))
         self._tell("the new engine serves; the old one finishes its requests")
 
     def _on_ended(self, engine: EngineProcess, status: int) -> None:
         how = engine.how_it_ended
+        if status < 0:
+            sweep()  # its directory
         if engine is self._successor:
             self._successor = None
             if self._current is None:
                 self._end_with(engine, status)
-            self._fail(f"the new engine ended before it could serve: {how}")
+            self._fail(f"the new engine cannot serve: {how}")
         elif engine is self._retiring:
             self._retiring = None
             if status:
@@ -303,7 +311,8 @@ class Keeper:
         self._manager.restarting()
         added = (*engine.added_words, *restart.words)
         successor = self._successor = self._start(added, standing)
-        restart.stage, restart.deadline = "starting", time.monotonic() + standing.timeout_s
+        limit_s = engine.timeout_s or 0.0
+        restart.stage, restart.deadline = "starting", successor.started_at + limit_s
         log.info("restart: engine %d starts beside engine %d", successor.number, engine.number)
         self._tell(f"a new engine starts (process id {successor.process.pid})")
 
@@ -311,10 +320,11 @@ class Keeper:
         if restart.stage == "asking":
             self._fail(f"the engine did not answer within {_ANSWER_S:g} s")
         elif restart.stage == "starting":
-            standing = None if self._current is None else self._current.standing
-            limit = "" if standing is None else f" within restart_timeout_s={standing.timeout_s:g}"
             if self._successor is not None:
-                self._successor.reason = f"it was not ready{limit}"
+                took_s = time.monotonic() - self._successor.started_at
+                self._successor.reason = (
+                    f"it was not ready within {took_s:.3g} s, and restart_timeout_s limits this"
+                )
                 self._successor.process.kill()
             restart.deadline = time.monotonic() + _GRACE_S
         elif self._retiring is not None:

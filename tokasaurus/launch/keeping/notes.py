@@ -52,7 +52,6 @@ class Standing(_Note, frozen=True):
     max_tokens_per_forward: int
     # Memory of the host that the engine has planned with, and may still take.
     untaken_bytes: int
-    timeout_s: float  # restart_timeout_s
     untaken_plan: str = ""  # the arithmetic behind ``untaken_bytes``
 
 
@@ -89,6 +88,8 @@ class Serves(_Note, frozen=True):
 
 class Watches(_Note, frozen=True):
     """Engine to keeper: it reads notes from now on, and ends in good order when told to."""
+
+    timeout_s: float  # restart_timeout_s
 
 
 class CannotServe(_Note, frozen=True):
