@@ -444,7 +444,8 @@ class EngineConfig:
         minimum=1,
         help=(
             "Tokens that the KV cache of a replica holds. auto: what the free memory holds beside "
-            "the weights and the largest batch, less a tenth of the free memory."
+            "the weights and the largest batch, less a tenth of the free memory; on cuda, what a "
+            "measurement at the start leaves."
         ),
         usually="131072",
         adapts="down to auto; up to max_num_tokens_per_request",
