@@ -50,6 +50,7 @@ NAMES_AND_DEFAULTS = {
     "fair_share_wait_s": 1.0,
     "max_stored_bytes": None,
     "shutdown_timeout_s": 30.0,
+    "restart_timeout_s": 1800.0,
     "tool_call_parser": "auto",
     "reasoning_parser": "auto",
     "cartridge_tags": False,

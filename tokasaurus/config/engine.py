@@ -189,6 +189,15 @@ class EngineConfig:
         minimum=0,
         help="How long running requests may take to finish after a first Ctrl-C or SIGTERM.",
     )
+    restart_timeout_s: float = flag(
+        1800.0,
+        group=_SERVER,
+        minimum=0,
+        help=(
+            "In a restart (`toka restart`, SIGUSR2): how long the new engine may take to be ready, "
+            "and after that the old one to finish its requests."
+        ),
+    )
 
     tool_call_parser: str = flag(
         "auto",

@@ -99,6 +99,7 @@ class ServerConfig:
     uvicorn_log_level: str
     log_level: str
     shutdown_timeout_s: float  # how long a drain may take
+    restart_timeout_s: float  # how long each half of a restart may take
     data_dir: str  # of files and batches
     cartridges: CartridgeConfig
     unsafe_pickle_responses: bool

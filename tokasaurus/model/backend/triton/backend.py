@@ -36,7 +36,7 @@ from tokasaurus.model.backend.grouping import (
 )
 from tokasaurus.model.backend.multiprocessors import num_multiprocessors
 from tokasaurus.model.backend.triton.device_plan import DevicePlan, plan_decodes, send_plan
-from tokasaurus.model.backend.triton.planning import Tiles, plan_tasks
+from tokasaurus.model.backend.triton.planning import Tiles, most_partials, plan_tasks
 from tokasaurus.model.backend.triton.shapes import AttentionShape
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.upload import Staging
@@ -114,6 +114,11 @@ class TritonBackend:
 
     def calibrate(self, shared: Callable[[Sequence[float]], list[float]]) -> None:
         """Does nothing: which groups save time follows from the bytes that they save."""
+
+    def workspace_bytes(self, num_rows: int, longest: int) -> int:
+        shape = self._shape
+        numbers = shape.num_heads * (shape.head_dim + 1)
+        return most_partials(num_rows, self._tiles) * numbers * torch.float32.itemsize
 
     def plan(self, rows: SequenceRows) -> TritonAttention:
         groups = choose_groups(rows, self._cache.page_size, 1, self._costs)
