@@ -61,6 +61,7 @@ NAMES_AND_DEFAULTS = {
     "uvicorn_log_level": "info",
     "log_level": "INFO",
     "log_format": "text",
+    "otlp_endpoint": None,
     "log_procs": None,
     "profile": False,
     "profile_num_batches": 1000,
@@ -86,7 +87,7 @@ NAMES_AND_DEFAULTS = {
     "launch_timeout_s": 300.0,
     "torch_compile": False,
     "torch_compile_config": None,
-    "use_cudagraphs": True,
+    "use_cudagraphs": None,
     "cudagraph_max_size": 128,
     "cudagraph_step": 16,
     "cudagraph_max_kv_indices_per_seq": 32768,
@@ -182,6 +183,7 @@ def test_no_arguments_give_the_defaults():
         ("torch_compile=no", "torch_compile", False),
         ("use_cudagraphs=F", "use_cudagraphs", False),
         ("use_cudagraphs=T", "use_cudagraphs", True),
+        ("use_cudagraphs=auto", "use_cudagraphs", None),
         (".uvsh", "uvicorn_log_level", "warning"),
         (".uvsh()", "uvicorn_log_level", "warning"),
         (".dmanager", "local_proc_name", "manager"),
@@ -332,17 +334,6 @@ def test_a_flag_that_others_lack_is_not_confused_with_one_that_shares_its_letter
     without_launcher = {name: "" for name in NAMES_AND_DEFAULTS if name != "launcher"}
     assert nearest("launcher", without_launcher) is None
     assert nearest("max_len", ["max_n", "page_size"]) is None
-
-
-def test_turning_on_what_is_still_to_come_says_so_in_one_line(capsys, tmp_path):
-    assert toka("use_cudagraphs=T", "--use_cudagraphs") == EngineConfig()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("toka: warning: use_cudagraphs=T has no effect: ")
-    toka("use_cudagraphs=F")
-    path = tmp_path / "shown.yaml"
-    path.write_text("use_cudagraphs: true")
-    toka(f"config={path}")
-    assert capsys.readouterr().err == ""
 
 
 def test_the_overrides_variable_follows_the_arguments():

@@ -138,15 +138,6 @@ class Builder(Generic[C]):
             values[flag.name] = _read_form(
                 flag.form, value, flag.notes.verbatim, secret=flag.notes.secret
             )
-            if flag.notes.later is not None and values[flag.name] is True:
-                self._promise(flag)
-
-    def _promise(self, flag: Flag) -> None:
-        """Says that a feature that was turned on is still to come, although that is the default."""
-        if flag.default is True and not self._in_file:  # a file may be what --show has printed
-            self._warnings[
-                f"{flag.name}=T has no effect: {flag.notes.later} is not available yet"
-            ] = None
 
     def _written(self, value: Any) -> Any:
         """A value; a text from a file will be read like one from the command line."""

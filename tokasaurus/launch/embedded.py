@@ -74,6 +74,8 @@ class EmbeddedEngine(ProgramEngine):
         self.config = config = slices.server
         tokenizer = Tokenizer.load(config)
         self.manager = Manager(replace(replica.manager, scheduling_steps_ahead=steps_ahead))
+        for line in slices.idle_flags:
+            log.warning("%s", line)
         log.info("%s", slices.dtype_plan)
         log.info("%s", slices.memory_plan.line)
         # Without an end-of-sequence id no text is ever complete, and the preparer refuses grammars.

@@ -16,6 +16,7 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.launch.http_relay import HTTPRelay
 from tokasaurus.launch.lifeline import Assignment, Joined, Left, Lifeline
 from tokasaurus.launch.text_process import TextProcess
+from tokasaurus.launch.tracing import close_tracing
 from tokasaurus.launch.web_server import web_server
 from tokasaurus.open_files import allow_many_files
 from tokasaurus.server.app import create_app
@@ -74,6 +75,7 @@ class _Serving(TextProcess):
             await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             await self._batches.close()
+            await close_tracing(self.state.tracing)
         self.unwatch()
 
     async def on_begun(self, preparer: Preparer, generations: Generations) -> None:
