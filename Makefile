@@ -12,6 +12,7 @@
 #   make test-ray      install Ray and run the tests with clusters of several raylets on this machine
 #   make test-clients  install LangChain, LiteLLM, Instructor; run their tests and docs/clients.md
 #   make test-sources  install boto3 and moto, and run the tests of cartridges in S3
+#   make test-traces   install OpenTelemetry's SDK, and run the tests of traces
 #   make test-cuda     install Triton and FlashInfer, and test what runs of them without a GPU
 #   make test-verl     make environments with veRL 0.9.1 and 0.7.1, and run its rollout's tests in each
 #   make test-browser  install Playwright and try the page in a headless Chromium; makes its pictures
@@ -43,14 +44,14 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
 
 # Tests that need no more than `make install` installs. The others have targets of their own.
 INSTALLED := not ray and not s3 and not verl and not clients and not triton and not browser \
-                 and not prometheus
+                 and not prometheus and not traces
 
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
-        test-chaos test-ray test-verl test-clients test-sources test-cuda test-browser test-deploy test-monitoring \
-        test-pythons docs bench gpu-check gpu-bundle dist clean
+        test-chaos test-ray test-verl test-clients test-sources test-traces test-cuda test-browser test-deploy \
+        test-monitoring test-pythons docs bench gpu-check gpu-bundle dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -156,6 +157,14 @@ test-sources: install
 	        -e '.[s3]' moto==5.2.5 flask==3.1.3 flask-cors==6.0.5; }
 	@echo "==> pytest, cartridges in S3"
 	@$(BIN)/pytest -m s3 tests/cartridges tests/launch/test_cartridge_sources.py $(ARGS)
+
+test-traces: install
+	@$(BIN)/python -c 'import opentelemetry.exporter.otlp.proto.http' 2>/dev/null || { \
+	    echo "==> installing OpenTelemetry's SDK and exporter"; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	        -e '.[otlp]'; }
+	@echo "==> pytest, traces"
+	@$(BIN)/pytest -m traces tests/launch/test_traces.py $(ARGS)
 
 # An environment of its own: Triton's interpreter needs an older numpy than constraints.txt has, and
 # with Triton installed torch takes other ways. It has the packages of the usual one, except for these.
