@@ -22,6 +22,7 @@ from tokasaurus.config.devices import choose_device, device_index
 from tokasaurus.config.dtype import choose_dtype
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.graphs import check_graphs, graph_sizes
+from tokasaurus.config.idle_flags import idle_flags
 from tokasaurus.config.limits import Limits, plan_limits, plan_memory
 from tokasaurus.config.memory import Memory
 from tokasaurus.config.slices import (
@@ -35,10 +36,11 @@ from tokasaurus.config.slices import (
     WorkerConfig,
 )
 from tokasaurus.errors import ConfigError
+from tokasaurus.observability.tracing import traces_url
 from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode, Pooling
 from tokasaurus.protocol.role import Kind
 
-__all__ = ["BUNDLED_MODEL_NAME", "resolve"]
+__all__ = ["BUNDLED_MODEL_NAME", "data_dir_of", "resolve"]
 
 BUNDLED_MODEL_NAME = "tokasaurus-demo"
 
@@ -127,11 +129,12 @@ def resolve(
             for replica in range(config.dp_size)
         ),
         dtype_plan=dtype.reason,
+        idle_flags=idle_flags(config, device),
         memory_plan=plan_memory(memory, limits),
         determinism_plan=plan_determinism(config, obstacle),
         stall_timeout_s=config.stall_timeout_s,
         replica_restarts=config.replica_restarts,
-        profile_path=f"{_data_dir(config)}/profile.json" if config.profile else None,
+        profile_path=f"{data_dir_of(config)}/profile.json" if config.profile else None,
         profile_num_batches=config.profile_num_batches,
         log_level=config.log_level,
         log_format=config.log_format,
@@ -231,6 +234,11 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
                 " files.example.org, without a scheme, port or path"
             )
 
+    if config.otlp_endpoint is not None and traces_url(config.otlp_endpoint) is None:
+        problems.append(
+            f"otlp_endpoint={config.otlp_endpoint}: expected the URL of a collector, such as"
+            " http://127.0.0.1:4318"
+        )
     url = config.statsd_server_url
     if url is not None and _statsd_address(url) is None:
         problems.append(f"statsd_server_url={url}: expected HOST:PORT, such as 127.0.0.1:8125")
@@ -307,9 +315,11 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: Limits) -> ServerCo
         tokenizer_path=config.tokenizer or facts.path,
         trust_remote_code=config.trust_remote_code,
         uvicorn_log_level=config.uvicorn_log_level,
+        otlp_endpoint=config.otlp_endpoint,
         log_level=config.log_level,
         shutdown_timeout_s=config.shutdown_timeout_s,
-        data_dir=_data_dir(config),
+        restart_timeout_s=config.restart_timeout_s,
+        data_dir=data_dir_of(config),
         cartridges=_cartridges(config, limits),
         trust_request_chat_template=config.trust_request_chat_template,
         unsafe_pickle_responses=config.unsafe_pickle_responses,
@@ -342,7 +352,8 @@ def _cartridge_shape(config: EngineConfig, facts: ModelFacts) -> ModelShape:
     )
 
 
-def _data_dir(config: EngineConfig) -> str:
+def data_dir_of(config: EngineConfig) -> str:
+    """The directory of files and batches."""
     return config.data_dir or f"~/.local/share/tokasaurus/port-{config.port}"
 
 

@@ -8,18 +8,22 @@ from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.launch.cartridge_store import cartridges_of
 from tokasaurus.launch.doors import TO_SERVER
 from tokasaurus.launch.lifeline import (
+    AskRetire,
     Assignment,
     Dead,
     Joined,
     Left,
     Lifeline,
     Lost,
+    MayRetire,
     Ready,
     Restored,
+    Retire,
     Start,
     Stop,
 )
 from tokasaurus.launch.text_core import TextCore
+from tokasaurus.launch.tracing import open_tracing
 from tokasaurus.protocol.channels import AsyncReceiver
 from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.messages import ToServer, WorkerStall
@@ -49,7 +53,9 @@ class TextProcess:
         self, assignment: Assignment, lifeline: Lifeline, state: EngineState | None = None
     ) -> None:
         self.config = assignment.slices.server
-        self.state = EngineState() if state is None else state
+        if state is None:
+            state = EngineState(open_tracing(self.config, assignment.role))
+        self.state = state
         self.lifeline = lifeline
         self._doors = _AsyncDoors()
         self.core = TextCore(assignment, lifeline, self._doors)
@@ -73,6 +79,10 @@ class TextProcess:
 
     def on_stop(self) -> None:
         """The process must end."""
+        raise NotImplementedError
+
+    def on_retire(self, note: Retire) -> None:
+        """A new engine serves, and the process ends when it has finished."""
         raise NotImplementedError
 
     # --- the ring ---------------------------------------------------------------------------------
@@ -123,6 +133,19 @@ class TextProcess:
                 self._die(note.reason)
             elif isinstance(note, Stop):
                 self.on_stop()
+            elif isinstance(note, AskRetire):
+                self.lifeline.send(self._may_retire())
+            elif isinstance(note, Retire):
+                self.on_retire(note)
+
+    def _may_retire(self) -> MayRetire:
+        refusal = None
+        if self.state.holds_everything:
+            refusal = "it is paused or asleep, and a new engine would not be: resume it first"
+        elif self.state.num_commands:
+            refusal = "it carries out a command, such as an update of weights: try again after it"
+        counted = self.state.statistics
+        return MayRetire(refusal, counted is not None and counted.weights_version > 0)
 
     def _die(self, reason: str) -> None:
         self.state.die(reason)

@@ -19,6 +19,7 @@ from typing import Any
 
 from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.errors import EngineDead, EngineNotReady
+from tokasaurus.observability.tracing import Tracing
 from tokasaurus.protocol.messages import Statistics
 from tokasaurus.server.history import History
 from tokasaurus.server.metrics import Figure, Metrics, figures, limit_figures, store_figures
@@ -52,12 +53,19 @@ class EngineState:
     Attributes:
         metrics: for monitoring.
         history: of the last minutes; its owner takes the samples.
+        is_retiring: another engine serves, and this one only finishes what it has.
+        tracing: as given.
+
+    Args:
+        tracing: makes traces of requests; None if there are none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tracing: Tracing | None = None) -> None:
+        self.tracing = tracing
         self._status = "loading"
         self._engine: Engine | None = None
         self._reason = ""
+        self.is_retiring = False
         self._waiting: set[asyncio.Future[Any]] = set()
         self.metrics = Metrics(self.figures)
         self.history = History()
@@ -134,6 +142,11 @@ class EngineState:
     def stalled(self) -> tuple[str, ...]:
         """The processes that have work and make no progress."""
         return () if self._engine is None else self._engine.generations.stalled
+
+    @property
+    def num_commands(self) -> int:
+        """Commands that are being carried out."""
+        return 0 if self._engine is None else self._engine.generations.commands.num_unanswered
 
     @property
     def holds_everything(self) -> bool:
