@@ -76,7 +76,6 @@ class DeviceTables:
         if has_draws:
             neutral = torch.from_numpy(_words_of(SamplingParameters.neutral(1)))
             self._draws = neutral.repeat(num_slots, 1).to(device)
-        self._entering: tuple[Staged, Staged] | None = None
         self._decodes: _Decodes | None = None
 
     def clear(self) -> None:
@@ -87,26 +86,26 @@ class DeviceTables:
             neutral = torch.from_numpy(_words_of(SamplingParameters.neutral(1)))
             self._draws.copy_(neutral.expand_as(self._draws))
 
-    def enter(self, slots: Int32Array, parameters: SamplingParameters, staging: Staging) -> None:
-        """Takes the parameters of sequences that enter slots with the next batch.
-
-        Args:
-            slots: [sequences].
-            parameters: of these sequences.
-            staging: sends them.
-        """
-        if self._draws is not None and len(slots):
-            self._entering = (staging.add_indices(slots), staging.add(_words_of(parameters)))
-
-    def plan(self, batch: ForwardBatch, chunk_ends: Int32Array, staging: Staging) -> TableChanges:
+    def plan(
+        self,
+        batch: ForwardBatch,
+        chunk_ends: Int32Array,
+        parameters: SamplingParameters,
+        staging: Staging,
+    ) -> TableChanges:
         """Plans the changes that a batch makes.
 
         Args:
             batch: a message that was checked.
             chunk_ends: [chunks], the length of each chunk's sequence after it.
+            parameters: of all slots, with those of sequences that enter.
             staging: sends what the device does not know.
         """
-        entering, self._entering = self._entering, None
+        entering = None
+        if self._draws is not None and batch.parameters is not None:
+            slots = batch.parameters.slots
+            words = _words_of(parameters.take(slots))
+            entering = (staging.add_indices(slots), staging.add(words))
         decodes = self._decodes
         if decodes is None or not np.array_equal(batch.decode_slots, decodes.slots):
             decodes = _Decodes.of(batch.decode_slots.copy(), staging, self._device)

@@ -187,7 +187,7 @@ class SlotState:
         self._fork(batch, lengths[num_decodes:])
         scored_rows, next_ids = self._scored(batch)
         groups = self._groups(batch, firsts)
-        changes = self._tables.plan(batch, lengths[num_decodes:], staging)
+        changes = self._tables.plan(batch, lengths[num_decodes:], self.sampling, staging)
         sampling = plan_draws(
             changes.sampled_rows,
             sampled_slots,
@@ -325,7 +325,6 @@ class SlotState:
         self.lengths[slots] = 0
         self.pages_held[slots] = 0
         self.sampling.assign(parameters)
-        self._tables.enter(slots, self.sampling.take(slots), staging)
         self.adjustments.enter(parameters, staging)
 
     def _hold_pages(self, batch: ForwardBatch) -> None:
