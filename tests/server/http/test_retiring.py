@@ -93,9 +93,11 @@ def test_each_open_connection_has_one_more_answer_and_says_that_it_closes(retiri
 
 def test_a_stream_that_has_begun_ends_and_its_connection_has_one_more_answer(retiring):
     connection = connect(retiring.server)
+    retiring.server.engine.hold_at = 5
     stream = ask(connection, stream=True, max_tokens=60)
     assert stream.readline().startswith(b"data: ")
     retiring.retire()
+    retiring.server.engine.hold_at = None
     text = stream.read()
     assert text.rstrip().endswith(b"data: [DONE]")
     assert not closes(stream)  # it could not know
