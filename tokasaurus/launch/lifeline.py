@@ -55,6 +55,7 @@ class Ready(_Note, frozen=True):
 
     largest_batch_s: float = 0.0  # what the largest batch of a worker may take
     worker: WorkerIdentity | None = None  # what it is, if it is a worker
+    num_pages: int | None = None  # of its KV cache; None if it has as many as were planned
 
 
 class Failed(_Note, frozen=True):

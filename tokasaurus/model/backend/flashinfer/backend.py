@@ -43,6 +43,7 @@ from tokasaurus.model.backend.grouping import (
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS, norm_and_rotate
 from tokasaurus.model.backend.triton.backend import TritonBackend
 from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["FlashInferAttention", "FlashInferBackend"]
 
@@ -94,6 +95,14 @@ class FlashInferBackend:
 
     def calibrate(self, shared: Callable[[Sequence[float]], list[float]]) -> None:
         """Does nothing: which groups save time follows from the bytes that they save."""
+
+    def workspace_bytes(self, num_rows: int, longest: int) -> int:
+        # Ranges that are cut have room in the wrappers. Rows of groups are copied, and merged with
+        # what a level finds; each request lists its pages.
+        heads = self._heads
+        numbers = 3 * heads.head_dim * heads.dtype.itemsize + 2 * torch.float32.itemsize
+        pages = ceil_div(longest, self._cache.page_size) * torch.int32.itemsize
+        return num_rows * (heads.num_heads * numbers + pages)
 
     def plan(self, rows: SequenceRows) -> FlashInferAttention:
         groups = choose_groups(rows, self._cache.page_size, 1, self._costs)
