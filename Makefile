@@ -9,6 +9,7 @@
 #   make test-sets     run the tests of the model with each instruction set of this processor
 #   make test-parallel run the end-to-end tests with every grid of replicas, stages and ranks
 #   make test-chaos    kill and stop processes of engines at random moments, under load
+#   make test-restart  restart engines ten times under load, and in all ways that fail
 #   make test-ray      install Ray and run the tests with clusters of several raylets on this machine
 #   make test-clients  install LangChain, LiteLLM, Instructor; run their tests and docs/clients.md
 #   make test-sources  install boto3 and moto, and run the tests of cartridges in S3
@@ -50,7 +51,7 @@ INSTALLED := not ray and not s3 and not verl and not clients and not triton and 
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
-        test-chaos test-ray test-verl test-clients test-sources test-traces test-cuda test-browser test-deploy \
+        test-chaos test-restart test-ray test-verl test-clients test-sources test-traces test-cuda test-browser test-deploy \
         test-monitoring test-pythons docs bench gpu-check gpu-bundle dist clean
 
 help:
@@ -123,6 +124,10 @@ test-parallel: install
 
 test-chaos: install
 	@$(BIN)/pytest tests/launch/test_chaos.py -m long $(ARGS)
+
+test-restart: install
+	@$(BIN)/pytest -m 'long or not long' --timeout 3600 tests/launch/test_restart_without_loss.py \
+	    tests/launch/test_restart_refusals.py tests/server/http/test_retiring.py tests/batch/test_leaving.py $(ARGS)
 
 test-ray: install
 	@$(BIN)/python -c 'import ray' 2>/dev/null || { echo "==> installing Ray"; \
