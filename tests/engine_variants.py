@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from tokasaurus.config.parser import parse_command_line
 from tokasaurus.config.slices import EngineSlices
-from tokasaurus.entry import listen
 from tokasaurus.launch import supervisor
 from tokasaurus.launch.assemble import assemble
+from tokasaurus.launch.listening import listen
 from tokasaurus.launch.supervisor import Supervisor
 
 

@@ -59,7 +59,7 @@ from tokasaurus.protocol.messages import (
     StopSequence,
 )
 from tokasaurus.protocol.watching import Watch
-from tokasaurus.server.routes.batches import batch_runner
+from tokasaurus.server.routes.batches import batch_runner, open_store
 from tokasaurus.server.state import EngineState
 from tokasaurus.text import tokenizer as server_tokenizer
 from tokasaurus.text.cartridges import Cartridges
@@ -624,7 +624,9 @@ class RunningServer:
             self.disk = CartridgeStore(place)
         if ready:
             self.become_ready()
-        self.batches = batch_runner(config, self.state) if config.data_dir else None
+        self.batches = None
+        if config.data_dir:
+            self.batches = batch_runner(config, self.state, open_store(config))
         # A socket made from its number knows that it is TCP, so that asyncio sets TCP_NODELAY on
         # its connections. Without it, each answer but a connection's first takes 40 ms.
         self._listener = socket.socket(fileno=socket.create_server(("127.0.0.1", 0)).detach())

@@ -9,10 +9,10 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
-import pytest
 import yaml
 from dockerfile import Build, Stage, stages_of
 from documentation import ROOT
@@ -94,15 +94,150 @@ def test_the_entry_point_and_the_health_check_agree_with_the_engine():
 
 
 def test_kubernetes_runs_the_engine_on_the_devices_that_it_asks_for():
-    pod = of_kind("kubernetes.yaml", "Deployment")["spec"]["template"]
-    (container,) = pod["spec"]["containers"]
+    engines = of_kind("kubernetes.yaml", "StatefulSet")["spec"]
+    pod = engines["template"]["spec"]
+    (container,) = pod["containers"]
     config = engine_config(container["args"])
     num_workers = config.dp_size * config.pp_size * config.tp_size
     assert container["resources"]["limits"]["nvidia.com/gpu"] == str(num_workers)
-    assert pod["spec"]["terminationGracePeriodSeconds"] > config.shutdown_timeout_s
     assert [port["containerPort"] for port in container["ports"]] == [PORT]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    (volume,) = engines["volumeClaimTemplates"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert Path(config.data_dir).is_relative_to(mounts[volume["metadata"]["name"]])
+
+
+def test_kubernetes_gives_a_drain_its_time():
+    pod = of_kind("kubernetes.yaml", "StatefulSet")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    command, pause_s = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == "sleep"
+    needed_s = int(pause_s) + engine_config(container["args"]).shutdown_timeout_s
+    assert pod["terminationGracePeriodSeconds"] > needed_s
+
+
+def test_kubernetes_selects_the_engines_pods():
+    engines = of_kind("kubernetes.yaml", "StatefulSet")["spec"]
+    labels = engines["template"]["metadata"]["labels"]
+    selectors = [
+        of_kind("kubernetes.yaml", "PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
+        engines["selector"]["matchLabels"],
+    ]
+    services = [each for each in documents("kubernetes.yaml") if each["kind"] == "Service"]
+    selectors += [service["spec"]["selector"] for service in services]
+    assert len(selectors) == 4
+    for selector in selectors:
+        assert selector.items() <= labels.items()
+    (headless,) = [each for each in services if each["spec"].get("clusterIP") == "None"]
+    assert headless["metadata"]["name"] == engines["serviceName"]
+
+
+def test_the_operator_scrapes_the_service_with_its_key():
+    spec = of_kind("kubernetes-monitoring.yaml", "ServiceMonitor")["spec"]
+    services = [each for each in documents("kubernetes.yaml") if each["kind"] == "Service"]
+    wanted = spec["selector"]["matchLabels"].items()
+    # One of them: the pods of two would be scraped twice.
+    (service,) = [each for each in services if wanted <= each["metadata"].get("labels", {}).items()]
+    (endpoint,) = spec["endpoints"]
+    assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
+    assert service["metadata"]["labels"][spec["jobLabel"]] == "tokasaurus"
+    pod = of_kind("kubernetes.yaml", "StatefulSet")["spec"]["template"]["spec"]
+    environment = {each["name"]: each for each in pod["containers"][0]["env"]}
+    key = environment["TOKASAURUS_API_KEY"]["valueFrom"]["secretKeyRef"]
+    assert endpoint["authorization"]["credentials"] == key
+
+
+def unit() -> dict[str, str]:
+    """The settings of the systemd unit; of those that come twice, the last."""
+    text = (DEPLOY / "tokasaurus.service").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if "=" in line and not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines)
+
+
+def test_the_unit_starts_an_engine_that_can_drain():
+    settings = unit()
+    _, *words = settings["ExecStart"].split()
+    words = [word for word in words if not word.startswith("config=")]
+    config = engine_config(words)
+    assert int(settings["TimeoutStopSec"]) > config.shutdown_timeout_s
+    assert config.data_dir.startswith("${STATE_DIRECTORY}/")
+    assert config.cartridge_dir.startswith("${STATE_DIRECTORY}/")
+    credential, _ = settings["LoadCredential"].split(":")
+    assert config.api_key_file == f"${{CREDENTIALS_DIRECTORY}}/{credential}"
+
+
+def test_the_unit_does_not_start_an_engine_with_wrong_flags_again():
+    done = subprocess.run([sys.executable, "-m", "tokasaurus.entry", "no_such_flag=1"])
+    assert str(done.returncode) == unit()["RestartPreventExitStatus"]
+
+
+def test_compose_mounts_what_the_programs_read():
+    services = documents("compose.yaml")[0]["services"]
+    for service in services.values():
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            if source.startswith("."):
+                assert (DEPLOY / source).is_file(), volume
+    mounted = {
+        volume.split(":")[1]: volume.split(":")[0]
+        for service in services.values()
+        for volume in service["volumes"]
+    }
+    assert (
+        f"--config.file={_beside(mounted, 'prometheus.yaml')}" in services["prometheus"]["command"]
+    )
+    rules = documents("monitoring/prometheus.yaml")[0]["rule_files"]
+    here = Path(_beside(mounted, "prometheus.yaml")).parent
+    assert [str(here / name) for name in rules] == [_beside(mounted, "alerts.yaml")]
+    dashboard = _beside(mounted, "dashboard.json")
+    assert (
+        services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == dashboard
+    )
+    (provider,) = documents("monitoring/grafana-dashboards.yaml")[0]["providers"]
+    assert provider["options"]["path"] == str(Path(dashboard).parent)
+
+
+def _beside(mounted: dict[str, str], name: str) -> str:
+    """Where a container has a file of deploy/monitoring."""
+    (place,) = [place for place, source in mounted.items() if source == f"./monitoring/{name}"]
+    return place
+
+
+def test_compose_runs_the_engine_of_the_image():
+    compose = documents("compose.yaml")[0]
+    engine = compose["services"]["engine"]
+    config = engine_config(engine["command"].replace("${ARGS:-}", "").split())
+    assert int(engine["stop_grace_period"].removesuffix("s")) > config.shutdown_timeout_s
+    for more in (engine, documents("compose.cuda.yaml")[0]["services"]["engine"]):
+        assert more["build"]["target"] in STAGES
+    (secret,) = engine["secrets"]
+    assert config.api_key_file == f"/run/secrets/{secret}"
+    (scraping,) = documents("monitoring/prometheus.yaml")[0]["scrape_configs"]
+    assert scraping["authorization"]["credentials_file"] == f"/run/secrets/{secret}"
+    assert scraping["static_configs"] == [{"targets": [f"engine:{PORT}"]}]
+    assert secret in compose["services"]["prometheus"]["secrets"]
+    # A volume takes the owner of the directory that the image has in its place.
+    made = " ".join(values("RUN", STAGES["engine"])).split()
+    for volume in engine["volumes"]:
+        assert volume.split(":")[1].removeprefix("/home/toka/") in made
+
+
+def test_the_dashboard_is_what_its_program_writes():
+    program = DEPLOY / "monitoring/make_dashboard.py"
+    written = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+    assert (DEPLOY / "monitoring/dashboard.json").read_text() == written.stdout
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_the_engine_has():
+    known = (ROOT / "tokasaurus/server/metrics.py").read_text()
+    for name in ("dashboard.json", "alerts.yaml"):
+        asked = set(re.findall(r"\btokasaurus_(\w+)", (DEPLOY / "monitoring" / name).read_text()))
+        assert len(asked) > 5
+        for metric in asked:
+            plain = re.sub(r"_(total|bucket)$", "", metric)
+            names = {plain, plain.removeprefix("replica_"), f"tokasaurus_{plain}"}
+            assert any(f'"{each}"' in known for each in names), metric
 
 
 def test_kuberay_has_room_for_the_engine_that_it_runs():
@@ -121,17 +256,13 @@ def test_kuberay_has_room_for_the_engine_that_it_runs():
     assert cluster["rayVersion"] == pinned[1]
 
 
-@pytest.mark.parametrize("name", ["kubernetes.yaml", "kuberay.yaml"])
-def test_the_service_leads_to_the_pod_of_the_server(name: str):
-    service = of_kind(name, "Service")["spec"]
+def test_kuberays_service_leads_to_the_pod_of_the_server():
+    service = of_kind("kuberay.yaml", "Service")["spec"]
     assert [port["port"] for port in service["ports"]] == [PORT]
-    if name == "kuberay.yaml":
-        cluster = of_kind(name, "RayJob")["spec"]["rayClusterSpec"]
-        pod, *others = [
-            group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
-        ]
-    else:
-        pod, *others = [of_kind(name, "Deployment")["spec"]["template"]]
+    cluster = of_kind("kuberay.yaml", "RayJob")["spec"]["rayClusterSpec"]
+    pod, *others = [
+        group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    ]
     assert service["selector"].items() <= pod["metadata"]["labels"].items()
     for other in others:
         assert not service["selector"].items() <= other["metadata"]["labels"].items()
@@ -140,7 +271,7 @@ def test_the_service_leads_to_the_pod_of_the_server(name: str):
 
 
 def test_no_file_holds_a_key():
-    for path in [ROOT / "Dockerfile", *DEPLOY.iterdir()]:
+    for path in [ROOT / "Dockerfile", *filter(Path.is_file, DEPLOY.rglob("*"))]:
         assert not re.search(r"api_key=|API_KEY=|sk-\w{8}", path.read_text()), path
 
 

@@ -67,11 +67,12 @@ def environment(
     the tests lends its own, without the checkout that is installed there.
     """
     directory = tmp_path_factory.mktemp("environment")
-    venv.create(directory, with_pip=True)
+    venv.create(directory)
     python = directory / "bin" / "python"
     constraints = ("-c", CHECKOUT / "constraints.txt") if request.param == "own packages" else ()
     dependencies = () if constraints else ("--no-deps",)
-    install = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    pip = (sys.executable, "-m", "pip", "--python", python, "--quiet")
+    install = (*pip, "install", "--disable-pip-version-check")
     run(*install, *constraints, *dependencies, wheel, cwd=directory)
     if not constraints:
         # A line in a .pth file adds a directory and reads no .pth files there: the checkout's
@@ -109,6 +110,7 @@ def test_commands_of_an_installed_wheel_have_help(environment, tmp_path):
         )
 
 
+@pytest.mark.long
 def test_an_installed_engine_answers_toka_ping_and_an_evaluation_with_the_bundled_model(
     environment, tmp_path, monkeypatch
 ):

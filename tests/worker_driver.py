@@ -54,7 +54,9 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "async_tp_threshold": None,
         "num_threads": None,
     }
-    return WorkerConfig(**{**defaults, **fields})
+    chosen = {**defaults, **fields}
+    pages = chosen["num_pages"]
+    return WorkerConfig(**{"least_pages": pages, "most_pages": pages, **chosen})
 
 
 @dataclass

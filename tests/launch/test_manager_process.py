@@ -13,10 +13,10 @@ import pytest
 from tokasaurus.bench.device_process import DevicePlan
 from tokasaurus.bench.engine import SimulatedEngine
 from tokasaurus.config.engine import EngineConfig
-from tokasaurus.launch.doors import TO_MANAGER
+from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Ready
 from tokasaurus.planner.configuration import simulated_slices
-from tokasaurus.protocol.channels import Sender, door_address
+from tokasaurus.protocol.channels import Receiver, Sender, door_address
 from tokasaurus.protocol.commands import (
     Command,
     CommandDone,
@@ -89,6 +89,37 @@ def test_a_manager_sends_outlooks_while_it_is_watched() -> None:
         assert not any(isinstance(message, Outlook) for message in messages)
 
 
+def test_a_manager_has_the_pages_that_its_worker_says():
+    """What comes before the worker is ready waits."""
+    ours, theirs = Lifeline.pair()
+    with tempfile.TemporaryDirectory() as directory:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tokasaurus.launch.child", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+        )
+        door = Receiver(door_address(directory, Role("server")), TO_SERVER)
+        sender = Sender(door_address(directory, Role("manager")), TO_MANAGER)
+        try:
+            theirs.close()
+            ours.send(Assignment(Role("manager"), directory, SLICES, None))
+            assert ours.receive() == [Ready()]
+            sender.send(Command(1, Pause(PauseMode.KEEP)))
+            assert door.receive(0.3) == []
+            ours.send(Ready(num_pages=77))
+            messages = []
+            while not any(isinstance(message, Statistics) for message in messages):
+                arrived = door.receive(20)
+                assert arrived, messages
+                messages += arrived
+            (statistics, *_) = (each for each in messages if isinstance(each, Statistics))
+            assert statistics.num_pages == 77 != SLICES.replicas[0].manager.num_pages
+        finally:
+            process.kill()
+            process.wait()
+            for each in (ours, door, sender):
+                each.close()
+
+
 def test_a_manager_whose_worker_hangs_ends_with_the_reason() -> None:
     ours, theirs = Lifeline.pair()
     with tempfile.TemporaryDirectory() as directory:
@@ -99,6 +130,7 @@ def test_a_manager_whose_worker_hangs_ends_with_the_reason() -> None:
             theirs.close()
             ours.send(Assignment(Role("manager"), directory, SLICES, None))
             assert ours.receive() == [Ready()]
+            ours.send(Ready())  # the worker's
             sender = Sender(door_address(directory, Role("manager")), TO_MANAGER)
             sender.send(Command(1, UpdateWeights(1, ("a.safetensors",))))
             (failed,) = ours.receive() or [None]

@@ -46,7 +46,8 @@ def cpu_ticks(pid: int) -> int:
 def own_engine(request, tmp_path):
     """An engine that the test ends, with the flags of its parameter; nothing of it may remain."""
     with running(tmp_path, *getattr(request, "param", ())) as engine:
-        pids = [engine.process.pid, engine.child("manager"), engine.child("worker")]
+        roles = ("server", "manager", "worker")
+        pids = [engine.process.pid, *(engine.child(role) for role in roles)]
         yield engine
         if engine.process.poll() is not None:
             assert list(engine.private.iterdir()) == []
@@ -181,7 +182,7 @@ def test_ctrl_c_ends_an_idle_engine(own_engine):
 
 def test_children_of_a_killed_supervisor_end(tmp_path):
     with running(tmp_path) as engine:
-        children = [engine.child("manager"), engine.child("worker")]
+        children = [engine.child(role) for role in ("server", "manager", "worker")]
         os.kill(engine.process.pid, signal.SIGKILL)
         engine.process.wait()
         eventually(lambda: not any(alive(pid) for pid in children), "its children end", 20)

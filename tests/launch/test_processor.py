@@ -40,8 +40,9 @@ def test_workers_share_the_cores(monkeypatch):
 def test_only_the_process_that_computes_loads_torch(tmp_path: Path, monkeypatch):
     """And its threads sleep, although nothing outside the engine says so."""
     with started(tmp_path, is_ready=True) as engine:
-        for role in ("manager", "worker"):
+        for role in ("server", "manager", "worker"):
             maps = Path(f"/proc/{engine.child(role)}/maps").read_text()
             assert ("libtorch_cpu" in maps) == (role == "worker"), role
-        server = Path(f"/proc/{engine.process.pid}/maps").read_text()
-        assert "libtorch_cpu" not in server
+        keeper = Path(f"/proc/{engine.process.pid}/maps").read_text()
+        assert "libtorch_cpu" not in keeper
+        assert "numpy" not in keeper

@@ -138,7 +138,8 @@ def test_requests_go_on_when_a_replica_dies_and_it_starts_again(tmp_path: Path, 
         assert engine.wait_exit(20) == 0
 
 
-@pytest.mark.parametrize("role", ["worker-1-0", pytest.param("manager", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("role", ["worker-1-0", "manager"])
 def test_a_replica_that_hangs_is_ended_and_its_requests_go_on(tmp_path: Path, role: str) -> None:
     with replicas(tmp_path) as engine:
         former = engine.child(role)
@@ -168,6 +169,7 @@ def test_when_all_replicas_hang_they_are_replaced_one_after_the_other(tmp_path: 
         assert stream(engine, 0) == expected
 
 
+@pytest.mark.long
 def test_the_engine_ends_with_its_last_replica(tmp_path: Path) -> None:
     with replicas(tmp_path, "replica_restarts=0") as engine:
         os.kill(engine.child("worker"), signal.SIGKILL)
@@ -180,6 +182,7 @@ def test_the_engine_ends_with_its_last_replica(tmp_path: Path) -> None:
         assert list(engine.private.iterdir()) == []
 
 
+@pytest.mark.long
 def test_requests_wait_while_all_replicas_start_again(tmp_path: Path) -> None:
     with replicas(tmp_path) as engine:
         expected = stream(engine, 0)

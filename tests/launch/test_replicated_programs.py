@@ -169,6 +169,7 @@ def test_a_replica_whose_weights_are_gone_waits_for_the_next_ones(two, tmp_path)
     assert tokens(two.generate(PROMPTS, PARAMS, use_tqdm=False)) == expected
 
 
+@pytest.mark.long
 def test_errors_at_the_start_and_the_end_of_the_last_replica_reach_the_program(tmp_path):
     path = make_checkpoint(tmp_path / "model", "llama")
     (path / "model.safetensors").write_bytes(b"no weights")
@@ -187,6 +188,7 @@ def test_errors_at_the_start_and_the_end_of_the_last_replica_reach_the_program(t
             os.kill(pid, 0)
 
 
+@pytest.mark.long
 def test_calls_of_an_async_engine_go_on_though_a_worker_dies(expected):
     async def run() -> None:
         async with AsyncLLM(dp_size=2, **FLAGS) as llm:

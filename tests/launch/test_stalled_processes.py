@@ -50,6 +50,7 @@ def test_a_process_that_hangs_is_named_until_it_goes_on(watched, role):
     assert f"the {role} makes progress again" in watched.log
 
 
+@pytest.mark.long
 def test_of_replicas_that_all_hang_one_that_goes_on_is_kept(tmp_path):
     with running(tmp_path, *FLAGS, "cpu_threads=1", "dp_size=2") as engine:
         client = engine.client(timeout=120)

@@ -164,6 +164,7 @@ def test_torchrun_starts_an_engine_that_serves_and_drains(tmp_path, sizes):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_the_loss_of_a_rank_loses_no_request(srun):
     """The rank's machine is gone: its replica's requests go on at the other one."""
     engine, other = srun.engine, srun.others[0]
@@ -189,6 +190,7 @@ def test_the_loss_of_a_rank_loses_no_request(srun):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_process_that_dies_at_another_rank_is_started_again_there(srun, tmp_path):
     engine = srun.engine
 
@@ -247,6 +249,7 @@ def test_workers_that_share_layers_at_different_ranks_are_started_again_together
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_the_end_of_rank_0_ends_the_others(srun):
     srun.engine.process.kill()
     assert srun.others[0].wait(20) == 1

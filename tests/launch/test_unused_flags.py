@@ -19,6 +19,7 @@ VALUES = {
     "port": 1,
     "server_processes": 2,
     "shutdown_timeout_s": 1.0,
+    "restart_timeout_s": 1.0,
     "max_stored_bytes": 1,
     "ssl_certfile": "a",
     "ssl_keyfile": "b",

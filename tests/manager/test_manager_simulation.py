@@ -62,8 +62,8 @@ def run_worlds_with_cartridges(
 
 
 def test_random_worlds() -> None:
-    """At least 16,000 arrivals, aborts, stops and preemptions, all together."""
-    run_worlds(0, num_events=16_000)
+    """At least 8,000 arrivals, aborts, stops and preemptions, all together."""
+    run_worlds(0, num_events=8_000)
 
 
 def test_crowded_worlds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import sys
 
 _MODULES = (
     "tokasaurus.planner.replay",
+    "tokasaurus.planner.plan_report",
     "tokasaurus.planner.worker_loop",
     "tokasaurus.planner.workloads",
     "tokasaurus.bench.manager",

@@ -58,6 +58,11 @@ class Answering:
         self._answer = answer
         self._capacity = capacity
         self._write = write
+        self._takes_more = True
+
+    def finish(self) -> None:
+        """Takes no more lines: ``run`` returns when those in flight are answered."""
+        self._takes_more = False
 
     async def run(self, lines: Iterator[Line]) -> None:
         """Answers lines. If cancelled, answers some of them.
@@ -84,6 +89,9 @@ class Answering:
             async for line in _as_needed(lines):
                 cost = _cost(line)
                 priority = await self._capacity.take(*cost)
+                if not self._takes_more:
+                    self._capacity.give_back(*cost, priority)
+                    break
                 task = asyncio.create_task(self._answer_one(line, priority, recorder))
                 tasks[task] = (*cost, priority)
                 task.add_done_callback(ended)

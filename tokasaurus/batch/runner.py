@@ -8,6 +8,9 @@
 
 A status is stored before its work begins, so a new runner continues where the last one ended. The
 end of the engine is not an answer: lines without an answer wait for the next engine.
+
+When another engine takes over while this one still works, the runner leaves: lines in flight get
+their answers, and everything else waits for the other engine, which gets the store.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from tokasaurus.batch.records import Batch, BatchError, BatchErrors, StoredFile,
 from tokasaurus.batch.results import write_results
 from tokasaurus.batch.store import JobStore, NewAnswer
 from tokasaurus.batch.validation import Verdict, validate
-from tokasaurus.errors import Conflict, EngineError
+from tokasaurus.errors import Conflict, EngineError, EngineNotReady
 
 __all__ = ["MAX_LINES", "BatchRunner"]
 
@@ -52,6 +55,7 @@ class _Job:
     """A batch that runs."""
 
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    answering: Answering | None = None
     task: asyncio.Task[None] | None = None
     # The results files. The next attempt overwrites what one leaves on a full disk.
     output_id: str = field(default_factory=partial(new_id, "file"))
@@ -62,7 +66,7 @@ class BatchRunner:
     """Runs the batches of a store. All methods belong to one event loop.
 
     Args:
-        store: the runner is its only user.
+        store: the runner is its only user; None if the runner gets it later, with ``adopt``.
         answer: answers one request.
         urls: the urls that requests may have.
         model: the name of the model that answers.
@@ -73,7 +77,7 @@ class BatchRunner:
 
     def __init__(
         self,
-        store: JobStore,
+        store: JobStore | None,
         answer: Answer,
         *,
         urls: Collection[str],
@@ -82,7 +86,7 @@ class BatchRunner:
         max_lines: int = MAX_LINES,
         joins_errors: bool = False,
     ) -> None:
-        self.store = store
+        self._store = store
         self.urls = urls
         self.model = model
         self._answer = answer
@@ -94,6 +98,18 @@ class BatchRunner:
         self._jobs: dict[str, _Job] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._runs = False
+        self._leaving = asyncio.Event()
+
+    @property
+    def store(self) -> JobStore:
+        """The store. Raises EngineNotReady while another engine has it."""
+        if self._store is None:
+            raise EngineNotReady("another engine has the files and batches; try again in a moment")
+        return self._store
+
+    def adopt(self, store: JobStore) -> None:
+        """Takes the store of an engine that has left it."""
+        self._store = store
 
     async def on_disk(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Calls a method of the store in the store's thread."""
@@ -120,10 +136,28 @@ class BatchRunner:
         if tasks:
             await asyncio.wait(tasks)
 
+    async def leave(self) -> None:
+        """Stops when the lines in flight are answered. The others wait for the next start."""
+        self._runs = False
+        self._leaving.set()
+        for job in self._jobs.values():
+            if job.answering is not None:
+                job.answering.finish()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        while self._jobs:
+            await asyncio.wait([job.task for job in self._jobs.values() if job.task is not None])
+
+    async def give_up_store(self) -> None:
+        """Closes the store, after ``leave`` or ``stop``."""
+        if self._store is not None:
+            store, self._store = self._store, None
+            await self.on_disk(store.close)
+
     async def close(self) -> None:
         """Stops, and closes the store."""
         await self.stop()
-        await self.on_disk(self.store.close)
+        await self.give_up_store()
         self._disk.shutdown()
 
     @property
@@ -179,7 +213,8 @@ class BatchRunner:
         try:
             async with self._may_run:
                 while not await self._try(batch_id, job):
-                    await asyncio.sleep(_RETRY_S)
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(self._leaving.wait(), _RETRY_S)
         except EngineError as error:
             log.warning("%s waits for the next start: %s", batch_id, error)
         except Exception:
@@ -189,6 +224,8 @@ class BatchRunner:
 
     async def _try(self, batch_id: str, job: _Job) -> bool:
         """Runs a batch; returns False if the disk failed, which may work later."""
+        if self._leaving.is_set():
+            return True
         try:
             await self._carry_out(batch_id, job)
         except (OSError, sqlite3.Error):
@@ -208,10 +245,14 @@ class BatchRunner:
             )
         if batch.status == "validating":
             batch = await self._validate(batch, job)
-        if batch.status == "in_progress":
+        if batch.status == "in_progress" and not self._leaving.is_set():
             await self._answer_in_time(batch, job)
+            if self._leaving.is_set():
+                return
             batch = await self.on_disk(self._mark_finalizing, batch_id)
         if not batch.final:
+            if self._leaving.is_set():
+                return
             batch = await self._finalize(batch, job)
         counts = batch.request_counts
         log.info(
@@ -251,7 +292,9 @@ class BatchRunner:
             for number, line in read_lines(path)
             if number not in answered
         )
-        answering = Answering(self._answer, self._capacity, write, batch.id)
+        answering = job.answering = Answering(self._answer, self._capacity, write, batch.id)
+        if self._leaving.is_set():
+            answering.finish()
         work = asyncio.create_task(answering.run(unanswered))
         cancelled = asyncio.create_task(job.cancelled.wait())
         try:

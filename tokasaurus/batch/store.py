@@ -36,7 +36,7 @@ import msgspec
 from tokasaurus.batch.records import FINAL_STATUSES, Batch, RequestCounts, StoredFile, Usage
 from tokasaurus.errors import ConfigError, Conflict, NotFound, RequestError
 
-__all__ = ["AnsweredLine", "JobStore", "NewAnswer", "open_private"]
+__all__ = ["AnsweredLine", "DirectoryInUse", "JobStore", "NewAnswer", "open_private"]
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,10 @@ class AnsweredLine:
     is_error: bool
 
 
+class DirectoryInUse(ConfigError):
+    """Another process uses the directory."""
+
+
 class JobStore:
     """The only user of a directory, which is created if it does not exist.
 
@@ -112,8 +116,8 @@ class JobStore:
             there is no limit.
 
     Raises:
-        ConfigError: another process uses the directory, it cannot be written, or a newer version of
-            Tokasaurus has written it.
+        DirectoryInUse: another process uses the directory.
+        ConfigError: it cannot be written, or a newer version of Tokasaurus has written it.
     """
 
     def __init__(
@@ -450,7 +454,7 @@ def _take_lock(directory: Path) -> Any:
     """Locks the directory until the file that is returned is closed, or the process ends.
 
     Raises:
-        ConfigError: another process holds the lock.
+        DirectoryInUse: another process holds the lock.
     """
     file = os.fdopen(os.open(directory / "lock", os.O_RDWR | os.O_CREAT, _PRIVATE_FILE), "r+")
     try:
@@ -459,7 +463,7 @@ def _take_lock(directory: Path) -> Any:
         file.seek(0)
         owner = file.read().strip()
         file.close()
-        raise ConfigError(
+        raise DirectoryInUse(
             f"{directory} is in use by another process (process id {owner}); stop that first"
         ) from None
     file.seek(0)

@@ -30,7 +30,7 @@ from tokasaurus.bench.device_process import DevicePlan
 from tokasaurus.config.slices import EngineSlices
 from tokasaurus.errors import EngineDead
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
-from tokasaurus.launch.lifeline import Assignment, Failed, Joined, Lifeline, Start
+from tokasaurus.launch.lifeline import Assignment, Failed, Joined, Lifeline, Ready, Start
 from tokasaurus.planner.worker_loop import DeviceStatistics
 from tokasaurus.protocol.channels import Receiver, Sender, door_address
 from tokasaurus.protocol.messages import FromServer, ToServer, WorkerStall
@@ -102,6 +102,7 @@ class _Processes:
             self._spawn_servers(listener.fileno())
         for name in self._processes:
             self._await_ready(name)
+        self._lifelines["manager"].send(Ready())  # the device's, which has the pages as planned
         self.device = DeviceStatistics(self._directory / DeviceStatistics.FILE_NAME, create=False)
 
     def _spawn_servers(self, listener_fd: int) -> None:

@@ -8,5 +8,6 @@ __all__ = ["COMMANDS"]
 
 # Modules of this package, and what they do.
 COMMANDS = {
+    "restart": "let a new engine take over from a running one, without losing a request",
     "plan": "predict how fast a model would run a workload on a device, and with which flags",
 }

@@ -10,15 +10,23 @@ does the rest.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from tokasaurus.bench.output import table
+from tokasaurus.bench.output import print_json, progress, table
+from tokasaurus.commands.batch_demand import batch_demand, is_batch_file
 from tokasaurus.config.schema import Schema, check_fields, flag
+from tokasaurus.config.slices import ModelFacts
+from tokasaurus.errors import ConfigError
 from tokasaurus.launch.model_files import find_description
 from tokasaurus.model.facts import model_facts
-from tokasaurus.planner.candidates import Candidate, Layout, Question, fitting
-from tokasaurus.planner.demand import Demand, demand_of_shape
+from tokasaurus.planner.candidates import Question
+from tokasaurus.planner.cost_file import read_cost
+from tokasaurus.planner.demand import Demand, demand_of_shape, is_shape
 from tokasaurus.planner.devices import find_device
+from tokasaurus.planner.plan_report import PlanReport
+from tokasaurus.planner.search import Search
+from tokasaurus.planner.trace import read_trace
 
 __all__ = ["SCHEMA", "PlanConfig", "run"]
 
@@ -45,11 +53,31 @@ class PlanConfig:
         adapts="the small bundled model",
     )
     workload: str = flag(
-        help="prompt=1024,output=256,n=64,requests=100: the shape of a workload (also prefix,"
-        " spread, max, rate)."
+        help="A shape such as prompt=1024,output=256,n=64,requests=100 (also prefix, max, spread,"
+        " rate); or the file of a trace (toka-bench trace), or of requests for toka-batch."
     )
     device: str = flag(help="Its name, such as h200, or a file that describes it, FILE.yaml.")
     gpus: int = flag(1, minimum=1, help="How many of these devices a machine has.")
+    output_tokens: int | None = flag(
+        None,
+        minimum=1,
+        help="What a sample generates, in the mean, if workload is a file of requests.",
+        adapts="as many tokens as it may have",
+    )
+    cost: str | None = flag(
+        None,
+        help="A file of toka-bench calibrate: what batches cost on one device.",
+        adapts="arithmetic with the numbers of the device",
+    )
+    price_per_hour: float | None = flag(
+        None, minimum=0, help="Of one device, in any currency.", adapts="no prices"
+    )
+    output: str = flag("table", choices=("table", "json"), help="What to print.")
+    simulations: int = flag(8, minimum=1, help="How many configurations are simulated, at most.")
+    max_s: float = flag(60.0, minimum=1, help="Seconds after which no simulation begins.")
+    manager_ms: float = flag(
+        0.5, minimum=0, help="A turn of the manager, while the device runs the batch before."
+    )
     seed: int = flag(0, minimum=0, help="The seed of lengths and arrivals.")
     dtype: str | None = flag(
         None, group=_DECIDED, choices=("float32", "bfloat16", "float16"), help="Precision."
@@ -75,6 +103,8 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.cost is not None and self.gpus != 1:
+            raise ConfigError(f"cost={self.cost} is for one device; leave out gpus={self.gpus}")
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -101,27 +131,40 @@ SCHEMA = Schema(
 def run(config: PlanConfig) -> None:
     """Plans and prints."""
     device = find_device(config.device)
-    demand = demand_of_shape(config.workload, config.seed)
     facts = model_facts(find_description(config.model))
-    question = Question(facts, device, config.gpus, config.flags, config.sizes)
-    found = fitting(question)
-    print(_what(question, demand))
-    print(_fits(found))
-
-
-def _what(question: Question, demand: Demand) -> str:
-    facts, device = question.facts, question.device
-    return (
-        f"model: {facts.num_parameters / 1e9:.3g} billion parameters, {facts.num_layers} layers\n"
-        f"workload: {demand.num_requests:,} requests, {demand.num_sequences:,} samples,"
-        f" {demand.num_prompt_tokens:,} prompt tokens, {demand.num_output_tokens:,} to generate\n"
-        f"device: {question.num_devices} x {device.name}\n"
+    demand = _demand(config, facts)
+    cost = None if config.cost is None else read_cost(config.cost)
+    question = Question(facts, device, config.gpus, config.flags, config.sizes, cost)
+    search = Search(
+        question,
+        demand,
+        config.simulations,
+        config.max_s,
+        config.manager_ms / 1e3,
+        progress,
     )
+    report = PlanReport(search.run(), question, demand, config.model, config.price_per_hour)
+    if config.output == "json":
+        print_json(report.json)
+    else:
+        print("\n".join([*report.premises, ""]))
+        print(table(report.heads, report.rows))
+        print("\n".join(["", *report.notes, "", *report.conclusion, "", report.command]))
 
 
-def _fits(found: dict[Layout, Candidate]) -> str:
-    rows = [
-        (str(layout), f"{each.kv_tokens:,}", each.slices.memory_plan.line.removeprefix("memory: "))
-        for layout, each in found.items()
-    ]
-    return table(("layout", "KV tokens of a replica", "each device"), rows)
+def _demand(config: PlanConfig, facts: ModelFacts) -> Demand:
+    name = config.workload
+    if is_shape(name):
+        return demand_of_shape(name, config.seed)
+    if is_batch_file(Path(name)):
+        return batch_demand(Path(name), facts, config.output_tokens)
+    try:
+        with Path(name).open("rb") as file:
+            return Demand(read_trace(file), name)
+    except ConfigError as error:
+        raise ConfigError(f"workload={name}: {error}") from None
+    except OSError as error:
+        raise ConfigError(
+            f"workload={name}: {error.strerror}; name a file, or give a shape such as"
+            " prompt=1024,output=256"
+        ) from None

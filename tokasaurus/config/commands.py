@@ -1,19 +1,25 @@
 """Programs of several commands, such as ``toka-bench`` and ``toka-cartridge``.
 
 A command is a module of the program's package with a ``SCHEMA``, and a ``run(config)`` that raises
-what went wrong.
+what went wrong. If it has ``PASSES_ON = True``, it takes flags of another program as well, and gets
+them as they are: ``run(config, words)``.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tokasaurus.config.parser import answer_question, parse_or_exit, with_keys
+from tokasaurus.config.schema import Schema
 from tokasaurus.errors import ConfigError, TokasaurusError
 
 __all__ = ["run_command"]
+
+_QUESTIONS = ("help", "--help", "-h", "--version")
 
 
 def run_command(
@@ -45,15 +51,36 @@ def run_command(
         print(f"{program}: error: {message}", file=sys.stderr)
         return 2
     command = importlib.import_module(f"{package}.{name}")
+    passes_on = getattr(command, "PASSES_ON", False)
+    passed_on: list[str] = []
+    if passes_on:
+        words, passed_on = _own_words(words, command.SCHEMA)
     config = parse_or_exit(command.SCHEMA, with_keys(words, command.SCHEMA))
     try:
-        command.run(config)
+        command.run(config, *([passed_on] if passes_on else ()))
     except TokasaurusError as error:
         print(f"{program} {name}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _own_words(words: Sequence[str], schema: Schema[Any]) -> tuple[list[str], list[str]]:
+    """The words that are questions or flags of a schema, and the others."""
+    names = {flag.name for flag in schema}
+    own: list[str] = []
+    others: list[str] = []
+    left = deque(words)
+    while left:
+        word = left.popleft()
+        key, has_value, _ = word.partition("=")
+        is_own = word in _QUESTIONS or key.lstrip("-") in names
+        taken = own if is_own else others
+        taken.append(word)
+        if is_own and word not in _QUESTIONS and not has_value and left:  # --key value
+            taken.append(left.popleft())
+    return own, others
 
 
 def _help(program: str, summary: str, commands: Mapping[str, str]) -> str:

@@ -17,7 +17,7 @@ def check_determinism(config: EngineConfig, device: str) -> str | None:
         return "results depend on the batch on device=cuda for now; set device=cpu"
     if config.torch_compile:
         return "torch_compile=T lets results depend on the batch; leave it out"
-    if config.attention in ("reference", "triton"):
+    if config.attention in ("flashinfer", "reference", "triton"):
         return (
             f"attention={config.attention} lets results depend on the batch; set attention=compiled"
         )

@@ -107,10 +107,10 @@ class EngineConfig:
     attention: str = flag(
         "auto",
         group=_MODEL,
-        choices=("auto", "compiled", "triton", "reference"),
+        choices=("auto", "compiled", "flashinfer", "triton", "reference"),
         help=(
             "The device's attention: its fast kernel, or the plain one that serves as the "
-            "reference. auto: compiled on cpu and triton on cuda, if they work."
+            "reference. auto: compiled on cpu; flashinfer or else triton on cuda, if they work."
         ),
     )
     instruction_set: str = flag(
@@ -188,6 +188,15 @@ class EngineConfig:
         group=_SERVER,
         minimum=0,
         help="How long running requests may take to finish after a first Ctrl-C or SIGTERM.",
+    )
+    restart_timeout_s: float = flag(
+        1800.0,
+        group=_SERVER,
+        minimum=0,
+        help=(
+            "In a restart (`toka restart`, SIGUSR2): how long the new engine may take to be ready, "
+            "and after that the old one to finish its requests."
+        ),
     )
 
     tool_call_parser: str = flag(
@@ -445,7 +454,8 @@ class EngineConfig:
         minimum=1,
         help=(
             "Tokens that the KV cache of a replica holds. auto: what the free memory holds beside "
-            "the weights and the largest batch, less a tenth of the free memory."
+            "the weights and the largest batch, less a tenth of the free memory; on cuda, what a "
+            "measurement at the start leaves."
         ),
         usually="131072",
         adapts="down to auto; up to max_num_tokens_per_request",
@@ -680,7 +690,7 @@ class EngineConfig:
             "Group the sequences of every batch by the prefixes they share, and read such a "
             "prefix once for all of them, those that decode and those that feed their prompts. "
             "F never does. T does for every group. auto does where it saves time, as the engine "
-            "measures when it starts; attention=triton counts bytes instead, and "
+            "measures when it starts; flashinfer and triton count bytes instead, and "
             "attention=reference needs T."
         ),
         adapts="auto, a choice for each group",

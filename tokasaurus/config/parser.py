@@ -47,12 +47,14 @@ def parse_command_line(
     explain: Explain[EngineConfig] | None = None,
     commands: Mapping[str, str] | None = None,
     answers: Answers[EngineConfig] | None = None,
+    *,
+    is_quiet: bool = False,
 ) -> EngineConfig:
     """Reads the command line of ``toka``.
 
     The words of the environment variable OVERRIDES, split as a shell splits them, count as if they
-    followed the arguments. Warnings go to standard error. ``--show`` adds what ``explain`` says.
-    ``--help`` lists the program's ``commands``.
+    followed the arguments. Warnings go to standard error unless ``is_quiet``. ``--show`` adds what
+    ``explain`` says. ``--help`` lists the program's ``commands``.
 
     Raises:
         ConfigError: one line for each thing that is wrong.
@@ -60,7 +62,8 @@ def parse_command_line(
             word of ``answers`` asked for.
     """
     schema = dataclasses.replace(ENGINE, commands=commands or {})
-    return parse(schema, arguments, environment.get("OVERRIDES", ""), explain, answers)
+    overrides = environment.get("OVERRIDES", "")
+    return parse(schema, arguments, overrides, explain, answers, is_quiet=is_quiet)
 
 
 def parse_or_exit(schema: Schema[C], arguments: Sequence[str]) -> C:
@@ -78,6 +81,8 @@ def parse(
     overrides: str = "",
     explain: Explain[C] | None = None,
     answers: Answers[C] | None = None,
+    *,
+    is_quiet: bool = False,
 ) -> C:
     """Reads a command line of any schema; see :func:`parse_command_line`."""
     if answer_question(arguments, partial(print_help, schema)):
@@ -94,7 +99,7 @@ def parse(
     with builder.reading("OVERRIDES"):
         reader.read(words)
     parsed = builder.finish()
-    for line in parsed.warnings:
+    for line in () if is_quiet else parsed.warnings:
         print(f"{schema.program}: warning: {line}", file=sys.stderr)
     if not reader.asked:
         return parsed.value

@@ -40,7 +40,7 @@ from tokasaurus.observability.tracing import traces_url
 from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode, Pooling
 from tokasaurus.protocol.role import Kind
 
-__all__ = ["BUNDLED_MODEL_NAME", "resolve"]
+__all__ = ["BUNDLED_MODEL_NAME", "data_dir_of", "resolve"]
 
 BUNDLED_MODEL_NAME = "tokasaurus-demo"
 
@@ -134,7 +134,7 @@ def resolve(
         determinism_plan=plan_determinism(config, obstacle),
         stall_timeout_s=config.stall_timeout_s,
         replica_restarts=config.replica_restarts,
-        profile_path=f"{_data_dir(config)}/profile.json" if config.profile else None,
+        profile_path=f"{data_dir_of(config)}/profile.json" if config.profile else None,
         profile_num_batches=config.profile_num_batches,
         log_level=config.log_level,
         log_format=config.log_format,
@@ -318,7 +318,8 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: Limits) -> ServerCo
         otlp_endpoint=config.otlp_endpoint,
         log_level=config.log_level,
         shutdown_timeout_s=config.shutdown_timeout_s,
-        data_dir=_data_dir(config),
+        restart_timeout_s=config.restart_timeout_s,
+        data_dir=data_dir_of(config),
         cartridges=_cartridges(config, limits),
         trust_request_chat_template=config.trust_request_chat_template,
         unsafe_pickle_responses=config.unsafe_pickle_responses,
@@ -351,7 +352,8 @@ def _cartridge_shape(config: EngineConfig, facts: ModelFacts) -> ModelShape:
     )
 
 
-def _data_dir(config: EngineConfig) -> str:
+def data_dir_of(config: EngineConfig) -> str:
+    """The directory of files and batches."""
     return config.data_dir or f"~/.local/share/tokasaurus/port-{config.port}"
 
 

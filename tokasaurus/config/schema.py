@@ -51,7 +51,6 @@ class _Notes:
     adapts: str | None = None
     usually: str | None = None
     later: str | None = None
-    accepts: tuple[object, ...] = ()
     verbatim: bool = False
     may_be_empty: bool = False
     secret: bool = False
@@ -70,8 +69,7 @@ def flag(default: Any = REQUIRED, **notes: Any) -> Any:
         minimum, maximum: inclusive bounds of a number.
         adapts: what None becomes, if that depends on other flags or on the model.
         usually: what None becomes as a rule; documentation shows it as the default.
-        later: the feature that this version lacks. Only the default and ``accepts`` are accepted.
-        accepts: values that are accepted besides the default.
+        later: the feature that this version lacks. Only the default is accepted.
         verbatim: whether the text is taken unchanged, not read as a literal or an expression.
         may_be_empty: whether an empty text is a value.
         secret: whether the value is never shown, in errors or anywhere else.
@@ -119,7 +117,7 @@ class Flag:
         if value is not None and self.notes.choices:
             value = self._choice(value)
         notes = self.notes
-        if notes.later is not None and value != self.default and value not in notes.accepts:
+        if notes.later is not None and value != self.default:
             raise BadValue(
                 f"{notes.later} is not available yet; leave {self.name} at its default"
                 f" ({self.default})"

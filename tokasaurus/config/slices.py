@@ -100,6 +100,7 @@ class ServerConfig:
     otlp_endpoint: str | None  # where traces go; None for no traces
     log_level: str
     shutdown_timeout_s: float  # how long a drain may take
+    restart_timeout_s: float  # how long each half of a restart may take
     data_dir: str  # of files and batches
     cartridges: CartridgeConfig
     unsafe_pickle_responses: bool
@@ -201,7 +202,7 @@ class WorkerConfig:
     # Among the visible devices; None on "cpu", and for the device that the process has chosen.
     device_index: int | None
     dtype: str  # "float32", "bfloat16" or "float16"
-    attention: str  # "auto", "compiled", "triton" or "reference"
+    attention: str  # "auto", "compiled", "flashinfer", "triton" or "reference"
     instruction_set: str  # of the kernels on "cpu"; "auto" for the best one
     use_groups: bool | None  # read a shared prefix once; None where that saves time
     linear: str  # "auto", "plain" or "packed"

@@ -20,6 +20,7 @@ def main() -> int:
     # handles them, and tells the others when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     faulthandler.enable()
     lifeline = Lifeline(socket.socket(fileno=int(sys.argv[1])))
     assignment = lifeline.receive_first()

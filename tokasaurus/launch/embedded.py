@@ -73,7 +73,6 @@ class EmbeddedEngine(ProgramEngine):
         (replica,) = slices.replicas
         self.config = config = slices.server
         tokenizer = Tokenizer.load(config)
-        self.manager = Manager(replace(replica.manager, scheduling_steps_ahead=steps_ahead))
         for line in slices.idle_flags:
             log.warning("%s", line)
         log.info("%s", slices.dtype_plan)
@@ -86,6 +85,13 @@ class EmbeddedEngine(ProgramEngine):
             worker, load_vocabulary if config.eos_token_ids else None
         )
         self._worker.warm_up()
+        self.manager = Manager(
+            replace(
+                replica.manager,
+                num_pages=self._worker.num_pages,
+                scheduling_steps_ahead=steps_ahead,
+            )
+        )
         self._inbox: deque[FromServer | FromWorker] = deque()
         self._arrived = threading.Event()  # since the last step began
         self._in_flight: deque[Pending] = deque()  # oldest first

@@ -15,7 +15,7 @@ from pathlib import Path
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.launch.doors import FROM_HTTP, TO_HTTP
 from tokasaurus.launch.http_relay import INNER_SOCKET
-from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Ready, Stop
+from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Ready, Retire, Stop
 from tokasaurus.launch.tracing import close_tracing, open_tracing
 from tokasaurus.launch.web_server import web_server
 from tokasaurus.open_files import allow_many_files
@@ -59,8 +59,12 @@ class _HTTPProcess:
         assert assignment.listener_fd is not None
         self._config: ServerConfig = assignment.slices.server
         self._number = assignment.role.replica
-        # One that is started again lets the others take connections until it can serve.
-        self._is_first = self._number <= assignment.slices.server_processes
+        # One that is started again lets the others take connections until it can serve, and one
+        # of a new engine lets the old one take them.
+        succession = assignment.succession
+        self._may_serve_at_once = self._number <= assignment.slices.server_processes and (
+            succession is None or succession.predecessor_store_socket is None
+        )
         self._lifeline = lifeline
         self._state = EngineState(open_tracing(self._config, assignment.role))
         directory = Path(assignment.directory)
@@ -88,8 +92,10 @@ class _HTTPProcess:
         self._unwatch()
 
     async def _serve(self) -> None:
-        if not self._is_first:
+        if not self._may_serve_at_once:
             await self._can_serve.wait()
+            if self._http.should_exit:  # it must not accept what it would have to close
+                return
         await self._http.serve(sockets=[self._listener])
 
     async def _work(self) -> None:
@@ -141,6 +147,8 @@ class _HTTPProcess:
                 self._die(note.reason)
             elif isinstance(note, Stop):
                 self._drain_task = asyncio.create_task(self._drain())
+            elif isinstance(note, Retire):
+                self._retire_task = asyncio.create_task(self._retire(note))
 
     def _unwatch(self) -> None:
         asyncio.get_running_loop().remove_reader(self._lifeline.fileno())
@@ -157,6 +165,14 @@ class _HTTPProcess:
             await asyncio.wait_for(self._state.drained(), timeout_s)
         if self._state.num_running:
             self._state.die("it was shut down before this request had finished")
+        self._end()
+
+    async def _retire(self, note: Retire) -> None:
+        """Ends with its last connection."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._http.retire(), note.timeout_s)
+        if self._state.num_running:
+            self._state.die("the engine was restarted before this request had finished")
         self._end()
 
     def _end(self) -> None:

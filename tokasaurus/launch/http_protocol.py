@@ -25,7 +25,7 @@ from tokasaurus.server.errors import HeadTooLarge, ReadTimeout
 from tokasaurus.server.http.answers import error_answer
 from tokasaurus.server.http.request_ids import REQUEST_ID_HEADER, request_id_of
 
-__all__ = ["connections"]
+__all__ = ["Connection", "connections"]
 
 _MIN_BYTES = 1024  # of a body in each timeout
 _MAX_HEAD_BYTES = 1 << 16
@@ -38,10 +38,11 @@ class _Awaits(Enum):
     NOTHING = auto()
 
 
-class _Connection(HttpToolsProtocol):
+class Connection(HttpToolsProtocol):
     """One connection. It checks itself now and then: a timer for each request would cost more."""
 
     read_timeout_s: float
+    retiring: asyncio.Event  # set when each connection may have one more answer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -102,6 +103,18 @@ class _Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self._await(_Awaits.BODY)
+        if self.retiring.is_set():
+            self.close_after_answer()
+
+    def close_after_answer(self) -> None:
+        """Lets the answer to the present request say that the connection closes, if it can still.
+
+        A client that has the head of an answer without ``Connection: close`` may have sent its next
+        request before it can see the connection close. So such a connection stays open for one
+        more, or until it has been idle for too long.
+        """
+        if not self._is_idle and not self.cycle.response_started:
+            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -167,10 +180,12 @@ def _head_too_large() -> HeadTooLarge:
     return HeadTooLarge(f"the head of a request may have {_MAX_HEAD_BYTES} bytes")
 
 
-def connections(read_timeout_s: float) -> type[asyncio.Protocol]:
+def connections(read_timeout_s: float, retiring: asyncio.Event) -> type[Connection]:
     """The class that uvicorn makes connections of.
 
     Args:
         read_timeout_s: ``request_read_timeout_s``.
+        retiring: set when the web server ends, and each connection with its next answer.
     """
-    return type("Connection", (_Connection,), {"read_timeout_s": read_timeout_s})
+    values = {"read_timeout_s": read_timeout_s, "retiring": retiring}
+    return type("ConfiguredConnection", (Connection,), values)

@@ -109,9 +109,9 @@ class HTTPRelay:
         assert relay is not None
         await asyncio.gather(self._receive(relay), self._tell(relay))
 
-    async def all_left(self) -> None:
+    async def all_left(self, timeout_s: float | None = _LEAVE_S) -> None:
         """Returns when all HTTP processes have ended, or take too long."""
-        await _until(lambda: not self._senders, _LEAVE_S)
+        await _until(lambda: not self._senders, timeout_s)
 
     async def _receive(self, relay: Relay) -> None:
         while True:
@@ -124,11 +124,11 @@ class HTTPRelay:
             relay.tell()
 
 
-async def _until(condition: Callable[[], bool], timeout_s: float) -> bool:
+async def _until(condition: Callable[[], bool], timeout_s: float | None) -> bool:
     """Waits for a condition; returns whether it holds."""
-    deadline = time.monotonic() + timeout_s
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while not condition():
-        if time.monotonic() > deadline:
+        if deadline is not None and time.monotonic() > deadline:
             return False
         await asyncio.sleep(_POLL_S)
     return True

@@ -12,10 +12,11 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["own_directory", "sweep"]
+__all__ = ["own_directories", "own_directory", "remove_directory", "sweep"]
 
 _PREFIX = "tokasaurus-"
 _OWNER = "owner"
@@ -35,18 +36,30 @@ def own_directory() -> tuple[str, BinaryIO]:
     return directory, file
 
 
+def remove_directory(directory: str, owner: BinaryIO) -> None:
+    """Deletes what ``own_directory`` has made."""
+    shutil.rmtree(directory, ignore_errors=True)
+    owner.close()
+
+
 def sweep() -> None:
     """Deletes this user's directories whose engines are gone."""
-    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for directory in own_directories():
         with contextlib.suppress(OSError):
             _delete_unless_owned(directory)
 
 
+def own_directories() -> Iterator[Path]:
+    """This user's directories of engines, those of this machine that are gone among them."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            status = directory.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                yield directory
+
+
 def _delete_unless_owned(directory: Path) -> None:
     """Raises OSError if the directory has an owner, or is something else."""
-    status = directory.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        return
     descriptor = os.open(directory / _OWNER, os.O_RDWR | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,12 +13,14 @@ from typing import TypeAlias
 import msgspec
 
 from tokasaurus.config.slices import EngineSlices
+from tokasaurus.launch.note_socket import NoteSocket
 from tokasaurus.protocol.channels import door_address
 from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.identity import WorkerIdentity
 from tokasaurus.protocol.role import Role
 
 __all__ = [
+    "AskRetire",
     "Assignment",
     "Dead",
     "Done",
@@ -28,11 +30,15 @@ __all__ = [
     "Left",
     "Lifeline",
     "Lost",
+    "MayRetire",
     "Ready",
     "Replace",
     "Restored",
+    "Retire",
+    "Serving",
     "Start",
     "Stop",
+    "Succession",
     "ToProcess",
 ]
 
@@ -49,6 +55,7 @@ class Ready(_Note, frozen=True):
 
     largest_batch_s: float = 0.0  # what the largest batch of a worker may take
     worker: WorkerIdentity | None = None  # what it is, if it is a worker
+    num_pages: int | None = None  # of its KV cache; None if it has as many as were planned
 
 
 class Failed(_Note, frozen=True):
@@ -72,6 +79,14 @@ class Done(_Note, frozen=True):
     """Process to supervisor: it is about to exit, which completes the engine's work."""
 
 
+class Succession(msgspec.Struct, frozen=True):
+    """What a server does so that its engine can follow another, and be followed."""
+
+    # Unix sockets through which this engine and the one before answer for files and batches.
+    store_socket: str
+    predecessor_store_socket: str | None  # None for the first engine
+
+
 class Assignment(_Note, frozen=True):
     """Supervisor to a process that it spawned: the first note, with its role."""
 
@@ -79,6 +94,7 @@ class Assignment(_Note, frozen=True):
     directory: str  # private to the engine, with the doors of the replica
     slices: EngineSlices
     listener_fd: int | None = None  # the server's listening socket
+    succession: Succession | None = None  # of the server, where a new engine can take over
     # By the name of a role: those that open to other machines.
     doors: dict[str, Door] = {}
 
@@ -137,68 +153,44 @@ class Stop(_Note, frozen=True):
     """Supervisor to a process: finish what is running, then exit."""
 
 
-FromProcess: TypeAlias = Ready | Failed | Replace | Done
-ToProcess: TypeAlias = Assignment | Ready | Start | Lost | Restored | Joined | Left | Dead | Stop
+class AskRetire(_Note, frozen=True):
+    """Supervisor to the server: can a new engine take over?"""
+
+
+class MayRetire(_Note, frozen=True):
+    """Server to supervisor: the answer to ``AskRetire``."""
+
+    refusal: str | None  # why a new engine would not be the same; None if it can take over
+    # The weights have been updated, so a new engine would have others.
+    has_new_weights: bool
+
+
+class Retire(_Note, frozen=True):
+    """Supervisor to what answers clients: a new engine serves. Finish what is there, and exit."""
+
+    timeout_s: float  # for everything in flight
+    store_socket: str  # through which the new engine answers for files and batches
+
+
+class Serving(_Note, frozen=True):
+    """Server to supervisor: clients are answered from now on."""
+
+
+FromProcess: TypeAlias = Ready | Failed | Replace | Done | MayRetire | Serving
+ToProcess: TypeAlias = (
+    Assignment | Ready | Start | Lost | Restored | Joined | Left | Dead | Stop | AskRetire | Retire
+)
 
 _decoder = msgspec.json.Decoder(FromProcess | ToProcess)
 
 
-class Lifeline:
-    """One end of a lifeline: notes as lines of JSON."""
+class Lifeline(NoteSocket[FromProcess | ToProcess]):
+    """One end of a lifeline."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._buffer = b""
+        super().__init__(sock, _decoder)
 
     @staticmethod
     def pair() -> tuple[Lifeline, Lifeline]:
         ours, theirs = socket.socketpair()
         return Lifeline(ours), Lifeline(theirs)
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def send(self, note: FromProcess | ToProcess) -> None:
-        """Sends a note. Does nothing if the other end is gone, which the receiver notices."""
-        self.write(msgspec.json.encode(note) + b"\n")
-
-    def receive_first(self) -> FromProcess | ToProcess | None:
-        """Waits for one note, and leaves later ones to ``receive``; None at the stream's end."""
-        while True:
-            try:
-                data = self._socket.recv(1 << 16, socket.MSG_PEEK)
-                line, end, _ = data.partition(b"\n")
-                self._buffer += self._socket.recv(len(line) + len(end))
-            except OSError:
-                return None
-            if not data:
-                return None
-            if end:
-                whole, self._buffer = self._buffer, b""
-                note: FromProcess | ToProcess = _decoder.decode(whole)
-                return note
-
-    def receive(self) -> list[FromProcess | ToProcess] | None:
-        """Waits for data; returns the complete notes, or None at the end of the stream."""
-        data = self.read()
-        if not data:
-            return None
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        return [_decoder.decode(line) for line in lines]
-
-    def read(self) -> bytes:
-        """Waits for data; returns it as it came, or b"" at the end of the stream."""
-        try:
-            return self._socket.recv(1 << 16)
-        except OSError:
-            return b""
-
-    def write(self, data: bytes) -> None:
-        """Sends what ``read`` gave elsewhere. Does nothing if the other end is gone."""
-        try:
-            self._socket.sendall(data)
-        except OSError:
-            return
-
-    def close(self) -> None:
-        self._socket.close()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokasaurus.launch.lifeline import Failed, Lifeline, Stop
-from tokasaurus.launch.processes import Process, how_it_ended
+from tokasaurus.launch.process import Process, how_it_ended
 from tokasaurus.protocol.identity import WorkerIdentity
 from tokasaurus.protocol.role import Role
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,24 +9,11 @@ from typing import Protocol
 
 from tokasaurus.errors import LaunchError
 from tokasaurus.launch.lifeline import Assignment, Lifeline
+from tokasaurus.launch.process import Process
 from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.role import Role
 
-__all__ = ["Launcher", "LocalLauncher", "Process", "how_it_ended", "spawn"]
-
-
-class Process(Protocol):
-    """A process that has been started, here or elsewhere."""
-
-    def kill(self) -> None:
-        """Ends it at once, if it has not ended."""
-
-    def wait(self) -> int | None:
-        """Waits for its end.
-
-        Returns:
-            The exit status, less than 0 for a signal; None if the process cannot be seen any more.
-        """
+__all__ = ["Launcher", "LocalLauncher", "spawn"]
 
 
 class Launcher(Protocol):
@@ -105,15 +91,3 @@ def spawn(assignment: Assignment) -> tuple[subprocess.Popen[bytes], Lifeline]:
     theirs.close()
     ours.send(assignment)
     return process, ours
-
-
-def how_it_ended(process: Process) -> str:
-    """Waits for the end of a process, and says how it came."""
-    status = process.wait()
-    if status is None:
-        return "lost the connection"
-    if status >= 0:
-        return f"exit status {status}"
-    name = signal.Signals(-status).name
-    hint = "; perhaps the system ran out of memory" if status == -signal.SIGKILL else ""
-    return f"killed by {name}{hint}"

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -80,12 +81,12 @@ def run_role(
         elif role.kind == "http":
             _run_http(assignment, lifeline)
         else:
-            pace = _Pace()
+            worker = _Worker()
             threading.Thread(
-                target=_await_end, args=(lifeline, interrupt, pace), name="lifeline", daemon=True
+                target=_await_end, args=(lifeline, interrupt, worker), name="lifeline", daemon=True
             ).start()
             if role.kind == "manager":
-                _run_manager(assignment, lifeline, pace)
+                _run_manager(assignment, lifeline, worker)
             else:
                 _run_worker(assignment, lifeline)
     except KeyboardInterrupt:
@@ -104,18 +105,31 @@ def run_role(
     return True
 
 
-class _Pace:
-    """What a manager hears of its worker's speed, in the thread of its lifeline."""
+class _Worker:
+    """What a manager hears of its workers, in the thread of its lifeline."""
 
-    largest_batch_s = 0.0
+    def __init__(self) -> None:
+        self.largest_batch_s = 0.0  # of the one that was ready last
+        self._num_pages: int | None = None
+        self._is_ready = threading.Event()
+
+    def ready(self, note: Ready) -> None:
+        self.largest_batch_s = note.largest_batch_s
+        self._num_pages = note.num_pages  # all workers of a replica have agreed on it
+        self._is_ready.set()
+
+    def num_pages(self, planned: int) -> int:
+        """Waits for a worker. The pages of its KV cache."""
+        self._is_ready.wait()
+        return planned if self._num_pages is None else self._num_pages
 
 
-def _await_end(lifeline: Lifeline, interrupt: Callable[[], None], pace: _Pace) -> None:
+def _await_end(lifeline: Lifeline, interrupt: Callable[[], None], worker: _Worker) -> None:
     while True:
         notes = lifeline.receive()
         for note in notes or ():
             if isinstance(note, Ready):
-                pace.largest_batch_s = note.largest_batch_s
+                worker.ready(note)
         if notes is None or any(isinstance(note, Stop) for note in notes):
             interrupt()
             return
@@ -133,7 +147,7 @@ def _run_http(assignment: Assignment, lifeline: Lifeline) -> None:
     serve_http(assignment, lifeline)
 
 
-def _run_manager(assignment: Assignment, lifeline: Lifeline, pace: _Pace) -> None:
+def _run_manager(assignment: Assignment, lifeline: Lifeline, worker: _Worker) -> None:
     from tokasaurus.launch.figures import Figures, WorkerWatch
     from tokasaurus.manager.manager import Manager
 
@@ -146,21 +160,23 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline, pace: _Pace) -> Non
         Sender(door_of(Role("worker", number, rank)), TO_WORKER)
         for rank in range(len(replica.workers))
     ]
-    manager = Manager(replica.manager)
+    # Its door is open. What comes before the worker is ready waits there.
+    lifeline.send(Ready())
+    config = replica.manager
+    manager = Manager(replace(config, num_pages=worker.num_pages(config.num_pages)))
     # Requests come and go in thousands and live long enough to look permanent, but leave no cycles
     # when they end. To look for cycles at the usual rate takes a sixth of the time of a request.
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
-    lifeline.send(Ready())
     timeline = _timeline(assignment)
     figures = Figures(manager)
-    worker = WorkerWatch(manager, assignment.slices.stall_timeout_s)
+    watch = WorkerWatch(manager, assignment.slices.stall_timeout_s)
     while True:
-        events = door.receive(worker.wait_s(figures.wait_s))
+        events = door.receive(watch.wait_s(figures.wait_s))
         started = time.monotonic()
         if not events:
-            worker.expect(_LONG_BATCHES * pace.largest_batch_s)
-            for stall in worker.check(started):
+            watch.expect(_LONG_BATCHES * worker.largest_batch_s)
+            for stall in watch.check(started):
                 to_server.send(stall)
             if manager.at_rest:
                 to_server.send(figures.at_rest())
@@ -177,7 +193,7 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline, pace: _Pace) -> Non
             to_server.send(message)
         for message in figures.after_turn():
             to_server.send(message)
-        for stall in worker.check(started):
+        for stall in watch.check(started):
             to_server.send(stall)
         manager.turn_took(time.monotonic() - started)
 
@@ -205,7 +221,8 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
         replica=role.replica,
         report=_Reports(assignment),
     )
-    lifeline.send(Ready(worker.warm_up(), worker.identity()))
+    largest_batch_s = worker.warm_up()
+    lifeline.send(Ready(largest_batch_s, worker.identity(), worker.num_pages))
     timeline = _timeline(assignment)
     submit = worker.submit if timeline is None else timeline.submitting(worker.submit)
     # One rank answers for all.

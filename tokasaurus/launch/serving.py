@@ -14,14 +14,14 @@ import uvicorn
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.launch.http_relay import HTTPRelay
-from tokasaurus.launch.lifeline import Assignment, Joined, Left, Lifeline
+from tokasaurus.launch.lifeline import Assignment, Joined, Left, Lifeline, Retire, Serving
+from tokasaurus.launch.store_keeping import StoreKeeping
 from tokasaurus.launch.text_process import TextProcess
 from tokasaurus.launch.tracing import close_tracing
 from tokasaurus.launch.web_server import web_server
 from tokasaurus.open_files import allow_many_files
 from tokasaurus.server.app import create_app
 from tokasaurus.server.reports import report
-from tokasaurus.server.routes.batches import batch_runner
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.preparation import Preparer
@@ -40,7 +40,7 @@ def serve(assignment: Assignment, lifeline: Lifeline) -> None:
 class _Serving(TextProcess):
     def __init__(self, assignment: Assignment, lifeline: Lifeline) -> None:
         super().__init__(assignment, lifeline)
-        self._batches = batch_runner(self.config, self.state)
+        self._store = StoreKeeping(self.config, self.state, assignment.succession)
         directory = Path(assignment.directory)
         self._relay: HTTPRelay | None = None
         if assignment.slices.server_processes > 1:
@@ -52,14 +52,24 @@ class _Serving(TextProcess):
             # would not set TCP_NODELAY on its connections.
             self._listener = socket.socket(fileno=os.dup(assignment.listener_fd))
         is_inner = self._relay is not None
-        app = create_app(self.config, self.state, self._batches, directory, is_inner=is_inner)
+        app = create_app(
+            self.config,
+            self.state,
+            self._store.runner,
+            directory,
+            is_inner=is_inner,
+            place=self._store.place,
+        )
         self._http = web_server(self.config, app, is_inner=is_inner)
+        succession = assignment.succession
+        self._accepts = asyncio.Event()
+        if is_inner or succession is None or succession.predecessor_store_socket is None:
+            self._accepts.set()
         self._reports: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         self.watch()
-        # It listens from the start, so that clients get a 503 while the model loads, not a refusal.
-        http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
+        http = asyncio.create_task(self._serve_http())
         work = asyncio.create_task(self.run_ring())
         tasks = {http, work}
         if self._relay is not None:
@@ -74,9 +84,18 @@ class _Serving(TextProcess):
                 task.result()  # raises what ended it
             await asyncio.gather(*tasks, return_exceptions=True)
         finally:
-            await self._batches.close()
+            await self._store.close()
             await close_tracing(self.state.tracing)
         self.unwatch()
+
+    async def _serve_http(self) -> None:
+        """Listens from the start, so that clients get a 503 while the model loads, not a refusal.
+
+        But where an engine serves already, it does so until this one is ready.
+        """
+        await self._accepts.wait()
+        if not self._http.should_exit:
+            await self._http.serve(sockets=[self._listener])
 
     async def on_begun(self, preparer: Preparer, generations: Generations) -> None:
         if self._relay is not None:
@@ -89,10 +108,13 @@ class _Serving(TextProcess):
 
     async def on_ready(self, preparer: Preparer, generations: Generations) -> None:
         config = self.config
-        await self._batches.start()
+        await self._store.start()
+        self._accepts.set()
+        await self._http.wait_started()
         scheme = "http" if config.ssl_certfile is None else "https"
         log.info("ready: %s at %s://%s:%d/v1", config.model_name, scheme, config.host, config.port)
         self._reports = asyncio.create_task(report(config, generations, self.state.history))
+        self.lifeline.send(Serving())
 
     def on_dead(self, reason: str) -> None:
         self._end_task = asyncio.create_task(self._end())
@@ -102,15 +124,32 @@ class _Serving(TextProcess):
         if self._relay is not None:
             await self._relay.all_left()
         self._http.should_exit = True
+        self._accepts.set()  # if it never could serve, nothing waits for an answer
 
     def on_stop(self) -> None:
         self._drain_task = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
         self.state.drain()
-        await self._batches.stop()  # they go on at the next start
+        await self._store.stop()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.state.drained(), self.config.shutdown_timeout_s)
+        if self.state.num_running:
+            self._cut_short()
+        await self._end()
+
+    def on_retire(self, note: Retire) -> None:
+        self._retire_task = asyncio.create_task(self._retire(note))
+
+    async def _retire(self, note: Retire) -> None:
+        """Ends with the last connection and the last line of a batch."""
+        self.state.is_retiring = True
+        handing = asyncio.create_task(self._store.hand_over(note.store_socket, note.timeout_s))
+        with contextlib.suppress(asyncio.TimeoutError):
+            last = self._http.retire() if self._relay is None else self._relay.all_left(None)
+            await asyncio.wait_for(last, note.timeout_s)
+        await handing
+        await self._store.passed_on_ended()
         if self.state.num_running:
             self._cut_short()
         await self._end()

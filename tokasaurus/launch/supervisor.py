@@ -17,6 +17,9 @@ Whatever ends the engine (a signal, an exception, the end of the last replica), 
 order: first the server, so that every client gets an answer or an error, then the other processes,
 then the private directory.
 
+Below a keeper, the keeper handles signals, and notes of it come in their place. Then the engine can
+also step down: another serves already, and this one ends with its last request.
+
 A program with an engine of several processes is the server itself (``start`` and ``close``). Then
 there is no foreground role, and signals are the program's business.
 """
@@ -28,7 +31,6 @@ import logging
 import os
 import queue
 import selectors
-import shutil
 import signal
 import socket
 import sys
@@ -41,8 +43,11 @@ from types import FrameType
 from tokasaurus.config.slices import EngineSlices
 from tokasaurus.errors import LaunchError
 from tokasaurus.launch.http_members import HTTPMembers
-from tokasaurus.launch.leftovers import own_directory, sweep
+from tokasaurus.launch.keeping.engine_end import KeeperEnd
+from tokasaurus.launch.keeping.notes import AskStanding, CannotServe, End, Serves, StepDown, Watches
+from tokasaurus.launch.leftovers import own_directory, remove_directory, sweep
 from tokasaurus.launch.lifeline import (
+    AskRetire,
     Assignment,
     Dead,
     Done,
@@ -52,11 +57,15 @@ from tokasaurus.launch.lifeline import (
     Left,
     Lifeline,
     Lost,
+    MayRetire,
     Ready,
     Replace,
     Restored,
+    Retire,
+    Serving,
     Start,
     Stop,
+    Succession,
     ToProcess,
 )
 from tokasaurus.launch.members import Member, ReplicaProcesses
@@ -82,6 +91,7 @@ _SERVER = Role("server")
 # Why the watching thread wakes up.
 _STOP = b"s"
 _PLACED = b"p"
+_USR2 = b"u"
 
 
 class Supervisor:
@@ -92,6 +102,7 @@ class Supervisor:
         listener: the server's listening socket, which the supervisor closes; None without HTTP.
         front: what runs in the foreground in the server's place; None serves.
         launcher: starts the other processes, and is closed at the end; None starts them here.
+        keeper: has started this engine; None if nothing has.
     """
 
     def __init__(
@@ -100,8 +111,10 @@ class Supervisor:
         listener: socket.socket | None,
         front: Front | None = None,
         launcher: Launcher | None = None,
+        keeper: KeeperEnd | None = None,
     ) -> None:
         self._slices = slices
+        self._keeper = keeper
         self._listener = listener
         self._front = front
         self._launcher = launcher or LocalLauncher()
@@ -128,6 +141,7 @@ class Supervisor:
         self._failure: Failed | None = None
         self._failed_role = _SERVER
         self._stopping = False
+        self._is_retiring = False  # it is stopping, since another engine serves
         self._owns_process = False  # this is toka, which ends with the engine
         self._interrupting = False  # the next SIGINT comes from here, to end the foreground role
         self._foreground_ended = threading.Event()
@@ -146,10 +160,8 @@ class Supervisor:
         """
         self._owns_process = True
         assignment, lifeline = self._spawn_all()
-        previous = {
-            number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         self._watcher.start()
         try:
             with contextlib.suppress(KeyboardInterrupt):
@@ -204,6 +216,9 @@ class Supervisor:
         if self._slices.profile_path is not None:
             begin_file(Path(self._slices.profile_path).expanduser())
         self._selector.register(self._wake_watcher, selectors.EVENT_READ, None)
+        if self._keeper is not None:
+            self._selector.register(self._keeper, selectors.EVENT_READ, self._keeper)
+            self._keeper.send(Watches(self._slices.server.restart_timeout_s))
         ours, theirs = Lifeline.pair()
         try:
             self._launch_all(ours)
@@ -232,7 +247,11 @@ class Supervisor:
             return Assignment(role, directory, self._slices, doors=doors)
         listens = self._listener is not None and not self._has_http
         fd = self._listener.fileno() if self._listener is not None and listens else None
-        return Assignment(role, self._directory, self._slices, fd, doors)
+        return Assignment(role, self._directory, self._slices, fd, self._succession, doors)
+
+    @property
+    def _succession(self) -> Succession | None:
+        return None if self._keeper is None else self._keeper.succession
 
     def _launch(self, role: Role) -> None:
         process, lifeline = self._launcher.launch(self._assignment(role))
@@ -242,7 +261,8 @@ class Supervisor:
         """Starts an HTTP process, which is always beside the server."""
         assert self._listener is not None
         fd = self._listener.fileno()
-        process, lifeline = spawn(Assignment(role, self._directory, self._slices, fd))
+        assignment = Assignment(role, self._directory, self._slices, fd, self._succession)
+        process, lifeline = spawn(assignment)
         self._adopt(Member(role, lifeline, process))
 
     def _adopt(self, member: Member) -> None:
@@ -260,10 +280,11 @@ class Supervisor:
     # --- signals, in the main thread --------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._interrupting:
-            self._wake_sender.send(_STOP)
-        elif not self._foreground_ended.is_set():
-            raise KeyboardInterrupt
+        if self._interrupting:
+            if not self._foreground_ended.is_set():
+                raise KeyboardInterrupt
+        elif self._keeper is None:  # otherwise it says what to do
+            self._wake_sender.send(_USR2 if number == signal.SIGUSR2 else _STOP)
 
     def _interrupt_foreground(self) -> None:
         """Ends a foreground role that has no event loop; called by its lifeline thread.
@@ -292,6 +313,8 @@ class Supervisor:
                 for key, _ in events:
                     if key.data is None:
                         self._on_woken()
+                    elif isinstance(key.data, KeeperEnd):
+                        self._on_keeper(key.data)
                     elif not self._on_readable(key.data):
                         selector.unregister(key.fileobj)
                         self._on_ended(key.data)
@@ -329,12 +352,34 @@ class Supervisor:
             self._on_placed(*self._placed.get())
         if _STOP in reasons:
             self._on_stop_requested()
+        elif _USR2 in reasons:
+            log.warning("SIGUSR2 restarts only what the command toka has started on one machine")
+
+    def _on_keeper(self, keeper: KeeperEnd) -> None:
+        notes = keeper.receive()
+        if notes is None:
+            log.error("toka is gone; stopping at once")
+            self._selector.unregister(keeper)
+            self._stopping = True
+            self._kill_all()
+            return
+        for note in notes:
+            if isinstance(note, End):
+                self._on_stop_requested()
+            elif isinstance(note, AskStanding):
+                self._tell_server(AskRetire())
+            elif isinstance(note, StepDown) and not self._stopping:
+                log.info("another engine serves; finishing what is in flight")
+                self._is_retiring = True
+                store_socket = keeper.successor_socket(note.successor)
+                self._stop_server(Retire(note.timeout_s, store_socket), note.timeout_s)
 
     def _on_stop_requested(self) -> None:
-        if self._stopping:
+        if self._stopping and not self._is_retiring:
             log.warning("stopping at once")
             self._kill_all()
             return
+        self._is_retiring = False
         log.info("draining (a second signal stops at once)")
         self._stop_server(Stop(), self._slices.server.shutdown_timeout_s)
 
@@ -358,6 +403,16 @@ class Supervisor:
             if replica is not None and replica.is_ready:
                 role = replica.members[0].role
                 self._lose(role, Failed(note.reason, "", is_final=not note.again))
+        elif self._keeper is not None and isinstance(note, Serving):
+            self._keeper.send(Serves())
+        elif self._keeper is not None and isinstance(note, MayRetire):
+            self._keeper.tell_standing(self._slices, note, self._worker_ids())
+
+    def _worker_ids(self) -> list[int]:
+        """The process ids of the workers on this machine."""
+        workers = [each for each in self._members if each.role.kind == "worker"]
+        pids = [os.getpid() if each.process is None else each.process.pid for each in workers]
+        return [pid for pid in pids if pid is not None]
 
     def _on_ready(self, member: Member, note: Ready) -> None:
         member.is_ready = True
@@ -401,7 +456,7 @@ class Supervisor:
         doors = self._launcher.server_doors_of(replica.number)
         self._tell_server(Restored(replica.number, replica.directory, replica.workers, doors))
 
-    def _tell_server(self, note: Start | Restored | Lost | Joined | Left | Dead | Stop) -> None:
+    def _tell_server(self, note: ToProcess) -> None:
         if self._server is not None:
             self._server.lifeline.send(note)
 
@@ -548,7 +603,7 @@ class Supervisor:
 
     # --- ending -----------------------------------------------------------------------------------
 
-    def _stop_server(self, note: Stop | Dead, timeout_s: float) -> None:
+    def _stop_server(self, note: Stop | Dead | Retire, timeout_s: float) -> None:
         self._stopping = True
         self._deadline = time.monotonic() + timeout_s + _FLUSH_S
         if self._server in self._members:
@@ -584,10 +639,11 @@ class Supervisor:
             process.wait()
         if self._listener is not None:
             self._listener.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
-        self._owner.close()
+        remove_directory(self._directory, self._owner)
 
     def _report_failure(self, failure: Failed) -> None:
+        if self._keeper is not None:
+            self._keeper.send(CannotServe(f"the {self._failed_role} ended: {failure.summary}"))
         if self._slices.log_format == "json":
             extra = {"traceback": failure.traceback}
             log.critical("the %s ended: %s", self._failed_role, failure.summary, extra=extra)

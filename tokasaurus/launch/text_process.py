@@ -8,14 +8,17 @@ from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.launch.cartridge_store import cartridges_of
 from tokasaurus.launch.doors import TO_SERVER
 from tokasaurus.launch.lifeline import (
+    AskRetire,
     Assignment,
     Dead,
     Joined,
     Left,
     Lifeline,
     Lost,
+    MayRetire,
     Ready,
     Restored,
+    Retire,
     Start,
     Stop,
 )
@@ -78,6 +81,10 @@ class TextProcess:
         """The process must end."""
         raise NotImplementedError
 
+    def on_retire(self, note: Retire) -> None:
+        """A new engine serves, and the process ends when it has finished."""
+        raise NotImplementedError
+
     # --- the ring ---------------------------------------------------------------------------------
 
     def watch(self) -> None:
@@ -126,6 +133,19 @@ class TextProcess:
                 self._die(note.reason)
             elif isinstance(note, Stop):
                 self.on_stop()
+            elif isinstance(note, AskRetire):
+                self.lifeline.send(self._may_retire())
+            elif isinstance(note, Retire):
+                self.on_retire(note)
+
+    def _may_retire(self) -> MayRetire:
+        refusal = None
+        if self.state.holds_everything:
+            refusal = "it is paused or asleep, and a new engine would not be: resume it first"
+        elif self.state.num_commands:
+            refusal = "it carries out a command, such as an update of weights: try again after it"
+        counted = self.state.statistics
+        return MayRetire(refusal, counted is not None and counted.weights_version > 0)
 
     def _die(self, reason: str) -> None:
         self.state.die(reason)

@@ -25,9 +25,9 @@ from typing import Any
 
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.parser import parse_command_line
-from tokasaurus.entry import run
 from tokasaurus.errors import ConfigError, LaunchError
 from tokasaurus.launch.assemble import explain
+from tokasaurus.launch.engine_run import run_alone
 from tokasaurus.launch.remote.launcher import Place, RemoteLauncher
 from tokasaurus.launch.remote.link import SECRET_VARIABLE, secret_of
 from tokasaurus.launch.remote.outpost import Outpost
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_world(config, rank)
         store = _store()
         if rank.rank == 0:
-            return run(words, os.environ, partial(_launch, rank, store))
+            return run_alone(words, os.environ, partial(_launch, rank, store))
         return _serve_as_outpost(config, rank, store)
     except (ConfigError, LaunchError) as error:
         print(f"toka: error: {error}", file=sys.stderr)

@@ -21,6 +21,7 @@ _OF_A_PORT = (
     "port",
     "server_processes",
     "shutdown_timeout_s",
+    "restart_timeout_s",
     "max_stored_bytes",
     "ssl_certfile",
     "ssl_keyfile",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Iterator
@@ -10,19 +11,64 @@ import uvicorn
 from fastapi import FastAPI
 
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.launch.http_protocol import connections
+from tokasaurus.launch.http_protocol import Connection, connections
 from tokasaurus.server.http.access_log import ACCESS_LOGGER, AccessLog
 from tokasaurus.server.http.request_ids import RequestIds
 
-__all__ = ["web_server"]
+__all__ = ["WebServer", "web_server"]
 
 _KEEP_ALIVE_S = 75  # seconds that a connection without a request stays open
 _FLUSH_S = 2  # seconds for answers and errors to reach their clients before connections are cut
 _ACCEPTED_AT_ONCE = 2048  # connections, if one process accepts them
 
 
-class _HTTPServer(uvicorn.Server):
-    """uvicorn without its signal handlers: the supervisor handles signals."""
+_POLL_S = 0.02
+# A connection that was accepted is known after its handshake, which takes a while with HTTPS.
+_QUIET_S = 1.0
+
+
+class WebServer(uvicorn.Server):
+    """uvicorn without its signal handlers, since the supervisor handles signals; and it can retire.
+
+    Args:
+        config: uvicorn's.
+        retiring: that of its connections.
+    """
+
+    def __init__(self, config: uvicorn.Config, retiring: asyncio.Event) -> None:
+        super().__init__(config)
+        self._retiring = retiring
+
+    async def wait_started(self) -> None:
+        """Returns when connections are accepted."""
+        while not self.started:
+            await asyncio.sleep(_POLL_S)
+
+    async def retire(self) -> None:
+        """Accepts no more connections, and returns when the last one is closed.
+
+        The listening socket stays open elsewhere, so a connection in its queue is not lost. Each
+        connection gets one more answer, with ``Connection: close``. One without a request closes
+        when it has been idle for as long as at any other time.
+        """
+        if not self.started:
+            return
+        loop = asyncio.get_running_loop()
+        for server in self.servers:
+            for each in server.sockets:
+                loop.remove_reader(each.fileno())
+        # asyncio has accepted some in this turn of the loop, and attaches them in the next one.
+        await asyncio.sleep(_POLL_S)
+        for server in self.servers:
+            server.close()
+        self._retiring.set()
+        for connection in self.server_state.connections:
+            assert isinstance(connection, Connection)
+            connection.close_after_answer()
+        num_quiet = 0  # looks in a row
+        while num_quiet * _POLL_S < _QUIET_S:
+            num_quiet = 0 if self.server_state.connections else num_quiet + 1
+            await asyncio.sleep(_POLL_S)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -35,7 +81,7 @@ def web_server(
     *,
     is_inner: bool = False,
     num_accepted: int = _ACCEPTED_AT_ONCE,
-) -> uvicorn.Server:
+) -> WebServer:
     """The web server for an application.
 
     Args:
@@ -48,10 +94,11 @@ def web_server(
     for logger in ("uvicorn", ACCESS_LOGGER):
         logging.getLogger(logger).setLevel(level)
     layers = RequestIds(app if is_inner else AccessLog(app))
-    return _HTTPServer(
+    retiring = asyncio.Event()
+    return WebServer(
         uvicorn.Config(
             layers,
-            http=connections(config.request_read_timeout_s),
+            http=connections(config.request_read_timeout_s, retiring),
             ws="none",
             log_config=None,  # logs go through the engine's own handler
             log_level=config.uvicorn_log_level,
@@ -63,5 +110,6 @@ def web_server(
             ssl_certfile=None if is_inner else config.ssl_certfile,
             ssl_keyfile=None if is_inner else config.ssl_keyfile,
             backlog=num_accepted,
-        )
+        ),
+        retiring,
     )

@@ -117,6 +117,14 @@ class KVCache:
 
         return [read(tensor) for tensor in self.keys], [read(tensor) for tensor in self.values]
 
+    def resize(self, num_pages: int) -> None:
+        """Allocates the memory of another number of pages, uninitialised. What it held is lost."""
+        self.release()
+        for tensor in self.keys + self.values:
+            shape = (num_pages, *tensor.shape[1:])
+            tensor.set_(tensor.untyped_storage(), 0, shape, (0,) * len(shape))
+        self.restore()
+
     def release(self) -> None:
         """Frees the memory. What it held is lost."""
         self.memory.release(*self.keys, *self.values)

@@ -6,6 +6,7 @@ keeps until the copy is done.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-__all__ = ["Staged", "Staging", "upload_indices"]
+from tokasaurus.protocol.arrays import Int32Array
+
+__all__ = ["Staged", "Staging", "pinned", "upload_indices"]
 
 _TORCH_TYPES: dict[np.dtype[Any], torch.dtype] = {
     np.dtype(np.int64): torch.int64,
@@ -107,6 +110,19 @@ class Staging:
             views = part.view(_TORCH_TYPES[dtype]).split_with_sizes(counts)
             for each, view in zip(staged, views, strict=True):
                 each._arrive(view)
+
+
+def pinned(arrays: Sequence[Int32Array], device: torch.device) -> list[Tensor]:
+    """Copies of arrays on the host, in one buffer from which copies to the device do not wait.
+
+    Args:
+        arrays: [any] each.
+        device: that will get them.
+    """
+    sizes = [len(array) for array in arrays]
+    host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=_can_pin(device))
+    np.concatenate(arrays, out=host.numpy())
+    return list(host.split_with_sizes(sizes))
 
 
 def upload_indices(values: NDArray[np.integer[Any]], device: torch.device) -> Tensor:

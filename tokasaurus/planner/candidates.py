@@ -17,6 +17,7 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.resolve import resolve
 from tokasaurus.config.slices import EngineSlices, ManagerConfig, ModelFacts
 from tokasaurus.errors import ConfigError
+from tokasaurus.planner.cost_model import CostModel
 from tokasaurus.planner.devices import Device
 
 __all__ = ["Candidate", "Layout", "Question", "candidate", "fitting", "layouts"]
@@ -53,6 +54,7 @@ class Question:
         num_devices: that there are.
         flags: of the engine that are decided already, by name.
         sizes: of the layout that are decided already, by name.
+        cost: of a batch, if it was measured; for one device only.
     """
 
     facts: ModelFacts
@@ -60,6 +62,7 @@ class Question:
     num_devices: int
     flags: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
+    cost: CostModel | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Candidate:
         """The flags as words of a command line, without those of a layout of one."""
         sizes = dataclasses.asdict(self.layout)
         words = [f"{name}={size}" for name, size in sizes.items() if size > 1]
-        return words + [f"{name}={value}" for name, value in self.flags.items()]
+        flags = {name: value for name, value in self.flags.items() if value is not None}
+        return words + [f"{name}={value}" for name, value in flags.items()]
 
 
 def candidate(question: Question, layout: Layout, **flags: Any) -> Candidate:
@@ -107,7 +111,9 @@ def candidate(question: Question, layout: Layout, **flags: Any) -> Candidate:
     """
     device = question.device
     chosen = {"kv_cache_num_tokens": "auto", **flags, **question.flags}
-    config = EngineConfig.from_flags(**chosen, **dataclasses.asdict(layout), device=device.kind)
+    config = EngineConfig.from_flags(
+        model=question.facts.path, device=device.kind, **dataclasses.asdict(layout), **chosen
+    )
     slices = resolve(
         config,
         question.facts,

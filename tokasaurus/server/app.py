@@ -30,6 +30,7 @@ from tokasaurus.server.http.answers import install_error_handlers
 from tokasaurus.server.http.direct import DirectRoutes
 from tokasaurus.server.http.passing_on import KnownClients
 from tokasaurus.server.http.request_counts import CountRequests
+from tokasaurus.server.http.store_place import AtStore, StorePlace
 from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.protocols.table import OPERATIONS
 from tokasaurus.server.routes.batches import BatchRequest, BatchRoutes
@@ -47,7 +48,7 @@ from tokasaurus.server.routes.weights_groups import WEIGHTS_GROUP_SCHEMAS, Weigh
 from tokasaurus.server.state import EngineState
 from tokasaurus.version import __version__
 
-__all__ = ["create_app", "create_outer_app"]
+__all__ = ["create_app", "create_outer_app", "create_store_app"]
 
 
 def create_app(
@@ -57,6 +58,7 @@ def create_app(
     directory: Path | None = None,
     *,
     is_inner: bool = False,
+    place: StorePlace | None = None,
 ) -> FastAPI:
     """An ASGI application that serves one engine.
 
@@ -66,6 +68,7 @@ def create_app(
         batches: runs batches, once its owner has started it; None leaves out files and batches.
         directory: for weights that come over HTTP; None is the system's for temporary files.
         is_inner: requests come from ``create_outer_app``, which has checked them.
+        place: of the store of files and batches; None if it is always here.
     """
     # Its pages for the document would load scripts of another host.
     app = FastAPI(
@@ -95,6 +98,8 @@ def create_app(
     app.include_router(WeightsRoutes(state, updates).router())
     install_error_handlers(app)
     # From the innermost layer to the outermost.
+    if place is not None:
+        app.add_middleware(AtStore, place)
     app.add_middleware(DirectRoutes, endpoints.handlers)
     if is_inner:
         app.add_middleware(KnownClients)
@@ -104,6 +109,24 @@ def create_app(
     operations = [each for operation in OPERATIONS.values() for each in operation.schemas]
     control_bodies = [*CONTROL_SCHEMAS, *WEIGHTS_SCHEMAS, *WEIGHTS_GROUP_SCHEMAS]
     document_answers(app, [*operations, BatchRequest, *TOKEN_SCHEMAS, *control_bodies])
+    return app
+
+
+def create_store_app(state: EngineState, batches: BatchRunner, place: StorePlace) -> FastAPI:
+    """An ASGI application for requests about files and batches that another engine passes on.
+
+    Args:
+        state: of the engine.
+        batches: with the store, while it is here.
+        place: of the store.
+    """
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    app.include_router(FileRoutes(batches).router())
+    app.include_router(BatchRoutes(batches).router())
+    install_error_handlers(app)
+    app.add_middleware(AtStore, place, is_passed_on=True)
+    app.add_middleware(KnownClients)
+    app.add_middleware(CountRequests, state.metrics.requests)
     return app
 
 

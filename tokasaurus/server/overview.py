@@ -137,7 +137,7 @@ class Overview:
             found, _ = await self._batches.ask(
                 self._batches.store.list_batches, after=None, limit=_MAX_BATCHES
             )
-        except EngineError:  # the disk fails; the page shows the rest
+        except EngineError:  # the disk fails, or another engine has the store
             return []
         return [_batch(each) for each in found]
 

@@ -53,6 +53,7 @@ class EngineState:
     Attributes:
         metrics: for monitoring.
         history: of the last minutes; its owner takes the samples.
+        is_retiring: another engine serves, and this one only finishes what it has.
         tracing: as given.
 
     Args:
@@ -64,6 +65,7 @@ class EngineState:
         self._status = "loading"
         self._engine: Engine | None = None
         self._reason = ""
+        self.is_retiring = False
         self._waiting: set[asyncio.Future[Any]] = set()
         self.metrics = Metrics(self.figures)
         self.history = History()
@@ -140,6 +142,11 @@ class EngineState:
     def stalled(self) -> tuple[str, ...]:
         """The processes that have work and make no progress."""
         return () if self._engine is None else self._engine.generations.stalled
+
+    @property
+    def num_commands(self) -> int:
+        """Commands that are being carried out."""
+        return 0 if self._engine is None else self._engine.generations.commands.num_unanswered
 
     @property
     def holds_everything(self) -> bool:

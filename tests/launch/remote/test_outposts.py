@@ -21,7 +21,7 @@ from tokasaurus.errors import LaunchError
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Ready, Stop
 from tokasaurus.launch.machine import Machine
-from tokasaurus.launch.processes import how_it_ended
+from tokasaurus.launch.process import how_it_ended
 from tokasaurus.launch.remote import outpost as outpost_module
 from tokasaurus.launch.remote import outposts as outposts_module
 from tokasaurus.launch.remote.launcher import Place, RemoteLauncher

@@ -11,7 +11,7 @@ from tokasaurus.model.backend.base import NO_GROUPS, SequenceRows
 from tokasaurus.model.backend.grouping import ALWAYS, NEVER, choose_groups
 from tokasaurus.model.backend.triton import planning
 from tokasaurus.model.backend.triton.device_plan import plan_decodes
-from tokasaurus.model.backend.triton.planning import Tiles, plan_tasks
+from tokasaurus.model.backend.triton.planning import Tiles, most_partials, plan_tasks
 
 ROOMY = Tiles(few_rows=4, many_rows=16, num_programs=1)
 TIGHT = Tiles(few_rows=1, many_rows=3, num_programs=64)
@@ -59,7 +59,21 @@ def check_plan(rows, page_size, tiles, costs=ALWAYS):
         assert counts[row] == (len(places[row]) if len(places[row]) > 1 else 0)
     assert plan.merged_rows.tolist() == np.flatnonzero(counts).tolist()
     assert plan.num_partials == counts.sum()
+    # Each group that a row is in, beyond the first, may add one.
+    depth = max((len(groups_of(rows, row)) for row in range(num_rows)), default=0)
+    assert plan.num_partials <= most_partials(num_rows, tiles) + max(depth - 1, 0) * num_rows
     return plan
+
+
+def groups_of(rows, row):
+    """The groups whose sequences include this row's."""
+    sequence = int(np.searchsorted(rows.query_starts, row, side="right")) - 1
+    each, groups = np.arange(len(rows.groups)), rows.groups
+    decodes = sequence - groups.first_decodes
+    chunks = sequence - groups.first_chunks
+    is_in = (decodes >= 0) & (decodes < groups.num_decodes)
+    is_in |= (chunks >= 0) & (chunks < groups.num_chunks)
+    return each[is_in]
 
 
 @pytest.mark.parametrize("tiles", [ROOMY, TIGHT], ids=["roomy", "tight"])
@@ -125,6 +139,25 @@ def test_the_number_of_tasks_has_a_bound_that_lengths_do_not_change():
         plan = plan_tasks(rows, groups, Tiles(4, 16, num_programs=50))
         assert len(plan.few_tasks) <= 3 + 50
         assert (length < 5000) == (len(plan.few_tasks) < 30)
+
+
+def test_the_room_for_partial_results_is_needed():
+    """Two for each row of a group; and one for each part of a long range."""
+    _, grouped = large_group(70, 400, 16)
+    groups = choose_groups(grouped, 16, 1, ALWAYS)
+    plan = plan_tasks(grouped, groups, ROOMY)
+    assert plan.num_partials == 2 * 70
+    long = np.full(1, 100_000, np.int32)
+    rows = SequenceRows(
+        np.zeros(1, np.int32),
+        np.array([0, 1], np.int32),
+        long,
+        long - 1,
+        torch.zeros(1, 1, dtype=torch.int32),
+        num_decodes=1,
+    )
+    plan = plan_tasks(rows, choose_groups(rows, 16, 1, NEVER), TIGHT)
+    assert plan.num_partials > 50
 
 
 def decodes(lengths):

@@ -17,7 +17,7 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import LaunchError
 from tokasaurus.launch.lifeline import Assignment, Lifeline
 from tokasaurus.launch.machine import Devices, devices_of
-from tokasaurus.launch.processes import Process
+from tokasaurus.launch.process import Process
 from tokasaurus.launch.remote.messages import Begin, meeting_door
 from tokasaurus.launch.remote.outpost import listen_at, tcp_address
 from tokasaurus.launch.remote.outposts import Outposts

@@ -59,6 +59,8 @@ _MAX_UNPROVED = 256  # connections that have not proved themselves
 class RemoteProcess:
     """A process that an outpost has started, or will."""
 
+    pid: int | None = None  # of another machine, where it has one
+
     def __init__(self, role: Role, outpost: _Outpost | None) -> None:
         self.role = role
         self._outpost = outpost

@@ -12,6 +12,7 @@ import torch
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.backend.base import DEFAULT_OPTIONS, Backend, BackendOptions, ModelHeads
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
+from tokasaurus.model.backend.flashinfer.backend import FlashInferBackend
 from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.backend.triton.backend import TritonBackend, is_interpreted
 
@@ -19,10 +20,11 @@ __all__ = ["choose_backend", "usable_backends"]
 
 log = logging.getLogger(__name__)
 
-# By kind of device, the best first. The last runs everywhere.
+# By kind of device, the best first. The last runs everywhere. The order of those for "cuda" is what
+# others have measured of such kernels. Ours have not been measured on a device yet.
 _BACKENDS: dict[str, tuple[type[Backend], ...]] = {
     "cpu": (CompiledBackend, ReferenceBackend),
-    "cuda": (TritonBackend, ReferenceBackend),
+    "cuda": (FlashInferBackend, TritonBackend, ReferenceBackend),
 }
 
 

@@ -387,6 +387,18 @@ class Backend(Protocol):
         """
         ...
 
+    def workspace_bytes(self, num_rows: int, longest: int) -> int:
+        """The most memory that attention takes for one batch, beside what ``attend`` returns.
+
+        Prefix groups that lie in one another more than once may take more: the reserve of the
+        device's memory is for them.
+
+        Args:
+            num_rows: of the batch, at most.
+            longest: positions of a sequence, at most.
+        """
+        ...
+
     @property
     def grouped_rows(self) -> GroupedRows:
         """Of the batch planned last."""

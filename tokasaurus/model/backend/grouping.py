@@ -130,6 +130,8 @@ class ChosenGroups(NamedTuple):
         num_rows: [groups], decode rows and rows of chunks.
         begins: [groups], the first position of each.
         ends: [groups], the position behind the last of each.
+        depths: [groups], how many of these groups each one is inside of. Those of one depth have no
+            row in common.
         own_starts: [sequences], the first position of each that is in no group.
     """
 
@@ -139,6 +141,7 @@ class ChosenGroups(NamedTuple):
     num_rows: Int32Array
     begins: Int32Array
     ends: Int32Array
+    depths: Int32Array
     own_starts: Int32Array
 
     def grouped_rows(self, rows: SequenceRows) -> GroupedRows:
@@ -168,7 +171,7 @@ def choose_groups(rows: SequenceRows, page_size: int, step: int, costs: GroupCos
         step: a group ends at a multiple of this number of tokens; what it has beyond is not shared.
         costs: of groups.
     """
-    own_starts = np.zeros(len(rows.slots), np.int32)
+    own_starts, depths = np.zeros((2, len(rows.slots)), np.int32)
     groups, starts = rows.groups, rows.query_starts
     ends = (groups.first_columns + groups.num_columns) * page_size // step * step
     chosen = []
@@ -181,19 +184,21 @@ def choose_groups(rows: SequenceRows, page_size: int, step: int, costs: GroupCos
         ends.tolist(),
         strict=True,
     ):
-        begin = own_starts.item(decode if num_decodes else chunk)
+        first = decode if num_decodes else chunk
+        begin, depth = own_starts.item(first), depths.item(first)
         size = GroupSize(num_rows, end - begin, direct, own_blocks)
         if end > begin and costs.saved(size) > 0:
             first_chunk_row = starts.item(chunk)
             first_row = decode if num_decodes else first_chunk_row
-            chosen.append((first_row, num_decodes, first_chunk_row, num_rows, begin, end))
-            own_starts[decode : decode + num_decodes] = end
-            own_starts[chunk : chunk + num_chunks] = end
-    first_rows, num_decoding, first_chunk_rows, num_all, begins, last = (
-        np.array(chosen, np.int32).reshape(-1, 6).T.copy()
+            chosen.append((first_row, num_decodes, first_chunk_row, num_rows, begin, end, depth))
+            for members in (slice(decode, decode + num_decodes), slice(chunk, chunk + num_chunks)):
+                own_starts[members] = end
+                depths[members] = depth + 1
+    first_rows, num_decoding, first_chunk_rows, num_all, begins, last, inside = (
+        np.array(chosen, np.int32).reshape(-1, 7).T.copy()
     )
     return ChosenGroups(
-        first_rows, num_decoding, first_chunk_rows, num_all, begins, last, own_starts
+        first_rows, num_decoding, first_chunk_rows, num_all, begins, last, inside, own_starts
     )
 
 

@@ -81,6 +81,14 @@ class ReferenceBackend:
     def calibrate(self, shared: Callable[[Sequence[float]], list[float]]) -> None:
         """Does nothing."""
 
+    def workspace_bytes(self, num_rows: int, longest: int) -> int:
+        cache = self._cache
+        # Keys and values of a sequence are gathered, and widened. Each row of each query head has a
+        # mask in bytes, and another one in fp32, if all rows are of this sequence.
+        positions = 2 * cache.num_kv_heads * cache.head_dim * (cache.dtype.itemsize + 4)
+        group = ceil_div(self._num_heads, cache.num_kv_heads)
+        return longest * (positions + num_rows * group * 5)
+
     def plan(self, rows: SequenceRows) -> ReferenceAttention:
         if not self._uses_groups:
             rows = replace(rows, groups=NO_GROUPS)

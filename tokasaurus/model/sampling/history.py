@@ -101,11 +101,9 @@ class History:
         names: SlotNames | None = None,
     ) -> None:
         self._names = SlotNames() if names is None else names
-        num_blocks = num_slots + ceil_div(num_ids, _BLOCK)
-        self._memory = torch.zeros(num_blocks, _BLOCK, dtype=torch.int32, device=device)
         self._device = device
-        self._free = list(range(num_blocks))
         self._blocks: Int32Array = np.zeros((num_slots, ceil_div(max_length, _BLOCK)), np.int32)
+        self.resize(num_ids)
         self.keeps: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self.is_lost: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self.lengths: Int32Array = np.zeros(num_slots, np.int32)
@@ -116,6 +114,13 @@ class History:
     def num_bytes(self) -> int:
         """The memory of the ids, on the device."""
         return self._memory.numel() * self._memory.element_size()
+
+    def resize(self, num_ids: int) -> None:
+        """Makes room for another number of ids. No slot keeps a history yet."""
+        num_blocks = len(self._blocks) + ceil_div(num_ids, _BLOCK)
+        self._memory = torch.zeros(num_blocks, _BLOCK, dtype=torch.int32, device=self._device)
+        self._free = list(range(num_blocks))
+        self._blocks[:] = 0  # places without an id lie in the memory, too
 
     def leave(self, slots: Int32Array) -> None:
         """Forgets the histories of these slots, which keep none from now on."""

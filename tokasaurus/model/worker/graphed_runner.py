@@ -147,7 +147,8 @@ class GraphedRunner:
 
     def warmed_up(self) -> None:
         self._is_warm = True
-        self._record()
+        if not self._recorded:
+            self._record()
         self._runner.warmed_up()
 
     @property

@@ -29,10 +29,14 @@ from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["PlannedBatch", "SlotState"]
+__all__ = ["HISTORY_BYTES", "PlannedBatch", "SlotState"]
 
 # Generated ids that fit in the history, for each position of the KV cache.
 _HISTORY_SHARE = 2
+
+HISTORY_BYTES = _HISTORY_SHARE * 4
+"""Of the history, for each position of the KV cache."""
+
 _NO_ROWS: NDArray[np.intp] = np.empty(0, np.intp)
 
 
@@ -117,15 +121,20 @@ class SlotState:
         # Running sequences have generated at most as many ids as the KV cache has positions, unless
         # sequences share pages. Sequences whose pages were already given back, while their last
         # batches are in flight, may hold as many again.
-        history = History(
-            num_slots,
-            max_request_tokens,
-            _HISTORY_SHARE * num_pages * page_size,
-            device,
-            self._names,
+        self._history = History(
+            num_slots, max_request_tokens, self._num_remembered, device, self._names
         )
-        self.adjustments = AdjustmentTable(num_slots, vocab_size, history, device)
+        self.adjustments = AdjustmentTable(num_slots, vocab_size, self._history, device)
         self.pooler = Pooler()
+
+    @property
+    def _num_remembered(self) -> int:
+        return _HISTORY_SHARE * self._num_pages * self._page_size
+
+    def set_num_pages(self, num_pages: int) -> None:
+        """The KV cache has another number of pages than it had before. No slot is in use."""
+        self._num_pages = num_pages
+        self._history.resize(self._num_remembered)
 
     def clear(self) -> None:
         """Forgets all slots in place: tensors stay where they are."""

@@ -52,14 +52,16 @@ from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_fo
 from tokasaurus.model.worker.controls import Controls
 from tokasaurus.model.worker.determinism import settle_determinism
 from tokasaurus.model.worker.device_graphs import CudaGraphs
+from tokasaurus.model.worker.device_memory import DeviceMemory, open_device_memory
 from tokasaurus.model.worker.graphed_runner import graphed
 from tokasaurus.model.worker.identity import make_identity
+from tokasaurus.model.worker.memory_profile import measure, trial_pages
 from tokasaurus.model.worker.overlapped_runner import OverlappedRunner
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
 from tokasaurus.model.worker.pipeline import Pipeline
 from tokasaurus.model.worker.recorded_runner import RecordedRunner
 from tokasaurus.model.worker.runner import EagerRunner, LayersRunner, Runner
-from tokasaurus.model.worker.slot_state import PlannedBatch, SlotState
+from tokasaurus.model.worker.slot_state import HISTORY_BYTES, PlannedBatch, SlotState
 from tokasaurus.model.worker.stage_costs import choose_stage
 from tokasaurus.model.worker.warm_up import warm_up_batches
 from tokasaurus.model.worker.weights_groups import Report, WeightsGroups
@@ -95,6 +97,7 @@ class Worker:
         weights: of the model; they can be filled anew between batches.
         is_deterministic: whether a request gets the same bits whatever runs beside it.
         determinism_reason: why, or why not; a line for users.
+        num_pages: of the KV cache; where memory can be measured, only after ``warm_up``.
 
     Raises:
         ModelError: the checkpoint cannot be served. It names the file, tensor or field.
@@ -145,6 +148,8 @@ class Worker:
         self._model, self.weights, files = load_model(
             config.model_path, model_config, place, config.load_format, stage
         )
+        self._memory = open_device_memory(self._device)
+        self.num_pages = config.num_pages if self._memory is None else trial_pages(config)
         sampling = backend.sampling(options)
         determinism = settle_determinism(
             config.deterministic,
@@ -157,7 +162,7 @@ class Worker:
         self.is_deterministic, self.determinism_reason = determinism.is_on, determinism.reason
         self._cache = KVCache.allocate(
             num_layers=len(stage),
-            num_pages=config.num_pages,
+            num_pages=self.num_pages,
             page_size=config.page_size,
             num_kv_heads=heads.num_kv_heads,
             head_dim=heads.head_dim,
@@ -167,7 +172,7 @@ class Worker:
         self._backend = backend(self._cache, heads.num_heads, options)
         self._state = SlotState(
             num_slots=config.num_slots,
-            num_pages=config.num_pages,
+            num_pages=self.num_pages,
             page_size=config.page_size,
             max_request_tokens=config.max_request_tokens,
             vocab_size=self._vocab_size,
@@ -199,13 +204,6 @@ class Worker:
         self._in_flight = InFlight()
         self._next_number = 0
         self._model_config, self._files, self._linear = model_config, files, place.linear
-        log.info(
-            "KV cache of %d pages for %d tokens in %s: %.1f MB when full",
-            config.num_pages,
-            config.num_pages * config.page_size,
-            config.dtype,
-            self._cache.num_bytes / 1e6,
-        )
         log.info("%s", self.determinism_reason)
 
     def _make_runner(self, num_heads: int, hidden_size: int) -> Runner:
@@ -243,30 +241,73 @@ class Worker:
     def warm_up(self) -> float:
         """Runs the largest possible batches, so that a lack of memory shows now.
 
-        Also waits for the vocabulary. Call it before the first ``submit``. It leaves the slot
-        tables as new.
+        Where the memory of the device can be measured, the KV cache gets its size here. Also waits
+        for the vocabulary. Call it before the first ``submit``. It leaves the slot tables as new.
 
         Returns:
             About how long a batch of ``max_tokens_per_forward`` takes, in seconds.
+
+        Raises:
+            ConfigError: the memory that was measured is too small for the flags.
         """
         started = time.perf_counter()
         self._backend.calibrate(self.ranks.of_first)
+        if self._memory is not None:
+            self._fit_kv_cache(self._memory)
+        token_s = self._run_largest_batches()
+        self._runner.warmed_up()
+        self._matchers.wait()
+        cache = self._cache
+        log.info(
+            "warmed up in %.1f s; the KV cache has %d pages for %d tokens in %s: %.1f MB when full",
+            time.perf_counter() - started,
+            cache.num_pages,
+            cache.num_pages * cache.page_size,
+            self._config.dtype,
+            cache.num_bytes / 1e6,
+        )
+        # The first batches load libraries, too, and may compile: the quickest counts.
+        return token_s * self._config.max_tokens_per_forward
+
+    def _run_largest_batches(self) -> float:
+        """Leaves the tables as new. Returns the least seconds that a token of a batch took."""
         matchers = OpenMatchers(self._vocab_size)
         token_s = []
         # The same batches at all ranks.
         num_parameters = self.ranks.largest(self.weights.num_parameters)
-        for batch in warm_up_batches(self._config, num_parameters):
+        config = replace(self._config, num_pages=self.num_pages)
+        for batch in warm_up_batches(config, num_parameters):
             begun = time.perf_counter()
             self._enqueue(batch, matchers).result(batch.number, 0.0)
             num_tokens = len(batch.prefill_ids) + len(batch.decode_slots)
             token_s.append((time.perf_counter() - begun) / num_tokens)
         self._pipeline.clear()
         self._state.clear()
-        self._runner.warmed_up()
-        self._matchers.wait()
-        log.info("warmed up in %.1f s", time.perf_counter() - started)
-        # The first batches load libraries, too, and may compile: the quickest counts.
-        return min(token_s) * self._config.max_tokens_per_forward
+        return min(token_s)
+
+    def _fit_kv_cache(self, memory: DeviceMemory) -> None:
+        """Gives the KV cache the pages that all ranks of the replica have room for."""
+        config, cache = self._config, self._cache
+        page_bytes = cache.num_bytes // cache.num_pages
+        measured = measure(
+            memory,
+            config,
+            self._run_largest_batches,
+            self._runner.warmed_up,
+            cache_bytes=cache.num_bytes,
+            attention=self._backend.workspace_bytes(
+                config.max_tokens_per_forward, config.max_request_tokens
+            ),
+            token=page_bytes // cache.page_size + HISTORY_BYTES,
+        )
+        log.info("memory, measured: %s", measured)
+        fitting = min(measured.pages(config.page_size), config.most_pages)
+        if (reason := self.ranks.agreed(measured.why_not(config, fitting))) is not None:
+            raise ConfigError(reason)
+        self.num_pages = -self.ranks.largest(-fitting)
+        cache.resize(self.num_pages)
+        self._state.set_num_pages(self.num_pages)
+        self._runner.addresses_changed()
 
     def identity(self) -> WorkerIdentity:
         """What its results follow from, beside the requests."""

@@ -55,12 +55,27 @@ class PassOn:
         self._path = path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not await self.pass_on(scope, receive, send):
+            error = EngineNotReady("the engine is starting or has ended; try again in a moment")
+            await error_answer(error)(scope, receive, send)
+
+    async def pass_on(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Passes a request on; returns False, and has done nothing, if nothing listens there."""
         try:
             reader, writer = await asyncio.open_unix_connection(str(self._path))
         except OSError:
-            error = EngineNotReady("the engine is starting or has ended; try again in a moment")
-            await error_answer(error)(scope, receive, send)
-            return
+            return False
+        await self._relay(reader, writer, scope, receive, send)
+        return True
+
+    async def _relay(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
         scope[PASSED_ON] = True
         is_chunked = any(name == b"transfer-encoding" for name, _ in scope["headers"])
         writer.write(_head(scope, is_chunked))

@@ -12,7 +12,7 @@ from pydantic import Field
 from tokasaurus.batch.lines import window_seconds
 from tokasaurus.batch.records import Batch, new_id
 from tokasaurus.batch.runner import BatchRunner
-from tokasaurus.batch.store import JobStore
+from tokasaurus.batch.store import DirectoryInUse, JobStore
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import ConfigError, NotFound, RequestError
 from tokasaurus.server.http.answers import json_answer
@@ -25,7 +25,7 @@ from tokasaurus.server.protocols.table import OPERATIONS
 from tokasaurus.server.routes.files import MAX_LIFETIME_S, json_page
 from tokasaurus.server.state import EngineState
 
-__all__ = ["SAMPLES_AHEAD", "BatchRequest", "BatchRoutes", "batch_runner"]
+__all__ = ["SAMPLES_AHEAD", "BatchRequest", "BatchRoutes", "batch_runner", "open_store"]
 
 _WINDOW = "24h"
 _DISK_SHARE = 0.1  # of files, where max_stored_bytes is not set
@@ -33,13 +33,29 @@ SAMPLES_AHEAD = 2
 """Samples of batches in flight for each that can run, so that enough wait to fill every gap."""
 
 
-def batch_runner(config: ServerConfig, state: EngineState) -> BatchRunner:
-    """The batches of an engine; the caller starts and closes them. Raises ConfigError."""
+def open_store(config: ServerConfig) -> JobStore:
+    """Opens the store of an engine.
+
+    Raises:
+        DirectoryInUse: another process has it.
+        ConfigError: it cannot be used.
+    """
     try:
         directory = Path(config.data_dir).expanduser()
-        store = JobStore(directory, config.max_stored_bytes, _DISK_SHARE)
+        return JobStore(directory, config.max_stored_bytes, _DISK_SHARE)
     except (ConfigError, RuntimeError) as error:  # RuntimeError: there is no home directory
-        raise ConfigError(f"data_dir: {error}; another can be chosen with data_dir=") from None
+        kind = DirectoryInUse if isinstance(error, DirectoryInUse) else ConfigError
+        raise kind(f"data_dir: {error}; another can be chosen with data_dir=") from None
+
+
+def batch_runner(config: ServerConfig, state: EngineState, store: JobStore | None) -> BatchRunner:
+    """The batches of an engine; the caller starts and closes them.
+
+    Args:
+        config: the server's slice.
+        state: of the engine.
+        store: None if another engine has it, and the runner adopts it later.
+    """
     ahead = SAMPLES_AHEAD * config.max_seqs_per_forward
     return BatchRunner(
         store,
@@ -78,7 +94,6 @@ class BatchRoutes:
 
     def __init__(self, batches: BatchRunner) -> None:
         self._batches = batches
-        self._store = batches.store
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -126,7 +141,7 @@ class BatchRoutes:
         """Batches, newest first."""
         query = read_query(request, ("limit", "after"))
         batches, more = await self._batches.ask(
-            self._store.list_batches,
+            self._batches.store.list_batches,
             after=query.get("after"),
             limit=whole_number(query, "limit", 20, 1, 100),
         )
@@ -134,7 +149,7 @@ class BatchRoutes:
 
     async def retrieve(self, batch_id: str) -> Response:
         """A batch and its progress."""
-        return json_answer(await self._batches.ask(self._store.batch, batch_id))
+        return json_answer(await self._batches.ask(self._batches.store.batch, batch_id))
 
     async def cancel(self, batch_id: str) -> Response:
         """Ends a batch; answers that it already has are kept."""
@@ -142,7 +157,7 @@ class BatchRoutes:
 
     async def _check_input(self, file_id: str, now: int) -> None:
         try:
-            file = await self._batches.ask(self._store.file, file_id, now)
+            file = await self._batches.ask(self._batches.store.file, file_id, now)
         except NotFound:
             raise NotFound(f"there is no file {file_id!r}", "input_file_id") from None
         if file.purpose != "batch":

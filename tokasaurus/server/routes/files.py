@@ -32,7 +32,6 @@ class FileRoutes:
 
     def __init__(self, batches: BatchRunner) -> None:
         self._batches = batches
-        self._store = batches.store
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -49,7 +48,7 @@ class FileRoutes:
     async def upload(self, request: Request) -> Response:
         """Stores a file: the input of a batch."""
         file_id = new_id("file")
-        path = self._store.path(file_id)
+        path = self._batches.store.path(file_id)
         kept = False
         try:
             form = await receive_form(
@@ -75,7 +74,7 @@ class FileRoutes:
                 purpose="batch",
                 expires_at=None if lifetime_s is None else now + lifetime_s,
             )
-            await self._batches.ask(self._store.add_file, file)
+            await self._batches.ask(self._batches.store.add_file, file)
             kept = True
         except OSError as error:
             raise disk_error(error) from None
@@ -88,7 +87,7 @@ class FileRoutes:
         """Files, newest first unless ``order`` is asc."""
         query = read_query(request, ("purpose", "limit", "order", "after"))
         files, more = await self._batches.ask(
-            self._store.list_files,
+            self._batches.store.list_files,
             time.time(),
             purpose=query.get("purpose"),
             after=query.get("after"),
@@ -104,16 +103,16 @@ class FileRoutes:
     async def content(self, file_id: str) -> Response:
         """The file itself."""
         file = await self._file(file_id)
-        path = self._store.path(file.id)
+        path = self._batches.store.path(file.id)
         return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
     async def delete(self, file_id: str) -> Response:
         """Deletes a file, unless a batch still reads it."""
-        await self._batches.ask(self._store.delete_file, file_id, time.time())
+        await self._batches.ask(self._batches.store.delete_file, file_id, time.time())
         return json_answer({"id": file_id, "object": "file", "deleted": True})
 
     async def _file(self, file_id: str) -> StoredFile:
-        return await self._batches.ask(self._store.file, file_id, time.time())
+        return await self._batches.ask(self._batches.store.file, file_id, time.time())
 
 
 def json_page(entries: list[StoredFile] | list[Batch], more: bool) -> dict[str, object]:

@@ -79,7 +79,7 @@ class WatchingRoutes:
         return _event("history", self._overview.history()) + _event("now", snapshot)
 
     async def _next(self) -> bytes | None:
-        if self._state.status in _OVER:
+        if self._state.status in _OVER or self._state.is_retiring:
             return None
         return _event("now", await self._overview.snapshot())
 

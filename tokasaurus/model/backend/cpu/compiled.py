@@ -43,12 +43,17 @@ from tokasaurus.model.backend.grouping import (
     choose_groups,
 )
 from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.rounding import ceil_div, round_up
 
 __all__ = ["CompiledAttention", "CompiledBackend"]
 
 log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("paged_attention.cpp")
+
+# Of the C++ files: positions of a range, whose results a row may keep apart; and the most floats
+# of a vector.
+_RANGE, _MOST_WIDTH = 512, 16
 
 
 class _Plan(ctypes.Structure):
@@ -200,6 +205,12 @@ class CompiledBackend:
         return KernelBlocks(
             self._library.rows_per_task(group), self._library.rows_without_layout(group)
         )
+
+    def workspace_bytes(self, num_rows: int, longest: int) -> int:
+        # Of mixed values, the best score and the sum.
+        state = self._num_heads * (round_up(self._cache.head_dim, _MOST_WIDTH) + 2)
+        num_states = num_rows * max(2, ceil_div(longest, _RANGE))
+        return num_states * state * np.dtype(np.float32).itemsize
 
     def plan(self, rows: SequenceRows) -> CompiledAttention:
         groups = choose_groups(rows, self._cache.page_size, self._library.group_step, self._costs)

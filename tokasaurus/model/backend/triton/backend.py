@@ -34,8 +34,10 @@ from tokasaurus.model.backend.grouping import (
     KernelBlocks,
     choose_groups,
 )
+from tokasaurus.model.backend.multiprocessors import num_multiprocessors
 from tokasaurus.model.backend.triton.device_plan import DevicePlan, plan_decodes, send_plan
-from tokasaurus.model.backend.triton.planning import Tiles, plan_tasks
+from tokasaurus.model.backend.triton.heads import TritonHeads
+from tokasaurus.model.backend.triton.planning import Tiles, most_partials, plan_tasks
 from tokasaurus.model.backend.triton.shapes import AttentionShape
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.upload import Staging
@@ -47,9 +49,6 @@ log = logging.getLogger(__name__)
 
 # Programs for each multiprocessor of a device, which it has in part at a time.
 _PROGRAMS_PER_PROCESSOR = 4
-
-# Of a device without any: the interpreter runs one program after the other.
-_PROCESSORS_OF_INTERPRETER = 2
 
 _OLDEST = (8, 0)
 """The compute capability of the first devices with bf16 and asynchronous copies."""
@@ -106,7 +105,7 @@ class TritonBackend:
             is_interpreted(),
         )
         few, many = (block // self._shape.group for block in self._shape.blocks)
-        num_programs = _num_processors(cache.keys[0].device) * _PROGRAMS_PER_PROCESSOR
+        num_programs = num_multiprocessors(cache.keys[0].device) * _PROGRAMS_PER_PROCESSOR
         self._tiles = Tiles(few, many, ceil_div(num_programs, cache.num_kv_heads))
         if options.use_groups is None:
             self._costs = _group_bytes(cache, num_heads, self._tiles)
@@ -116,6 +115,11 @@ class TritonBackend:
 
     def calibrate(self, shared: Callable[[Sequence[float]], list[float]]) -> None:
         """Does nothing: which groups save time follows from the bytes that they save."""
+
+    def workspace_bytes(self, num_rows: int, longest: int) -> int:
+        shape = self._shape
+        numbers = shape.num_heads * (shape.head_dim + 1)
+        return most_partials(num_rows, self._tiles) * numbers * torch.float32.itemsize
 
     def plan(self, rows: SequenceRows) -> TritonAttention:
         groups = choose_groups(rows, self._cache.page_size, 1, self._costs)
@@ -192,6 +196,7 @@ class TritonAttention:
         self._kernels = attention_kernels
         self._cache, self._shape, self._page_table = cache, shape, page_table
         self._plan = plan
+        self._heads = TritonHeads(cache, shape, page_table, plan.row_slots, plan.row_positions)
         self._launches = [
             (block, tasks)
             for block, tasks in zip(shape.blocks, (plan.few_tasks, plan.many_tasks), strict=True)
@@ -205,48 +210,14 @@ class TritonAttention:
     def attend(
         self, layer: int, heads: Tensor, rotation: Rotation, norms: HeadNorms | None
     ) -> Tensor:
-        num_rows = len(heads)
-        query = heads.new_empty((num_rows, self._shape.num_heads, self._shape.head_dim))
+        query = self._heads.store(layer, heads, rotation, norms)
         output = torch.empty_like(query)
-        if num_rows:
-            self._prepare(layer, heads, rotation, norms, query)
+        if len(heads):
             for block, tasks in self._launches:
                 self._attend(layer, query, output, block, tasks)
             if len(self._plan.merged_rows):
                 self._merge(output)
         return output.flatten(1)
-
-    def _prepare(
-        self,
-        layer: int,
-        heads: Tensor,
-        rotation: Rotation,
-        norms: HeadNorms | None,
-        query: Tensor,
-    ) -> None:
-        cache, shape, num_rows = self._cache, self._shape, len(heads)
-        if heads.stride()[1:] != (shape.head_dim, 1):
-            heads = heads.contiguous()
-        query_norm, key_norm, eps = (heads, heads, 0.0) if norms is None else norms
-        self._kernels.prepare_heads[shape.num_preparing(num_rows),](
-            heads,
-            rotation.cos.contiguous(),
-            rotation.sin.contiguous(),
-            query_norm,
-            key_norm,
-            query,
-            cache.keys[layer],
-            cache.values[layer],
-            self._page_table,
-            self._plan.row_slots,
-            self._plan.row_positions,
-            num_rows,
-            heads.stride(0),
-            self._page_table.stride(0),
-            eps,
-            HAS_NORMS=norms is not None,
-            **shape.preparing,
-        )
 
     def _attend(self, layer: int, query: Tensor, output: Tensor, block: int, tasks: Tensor) -> None:
         cache, shape, plan = self._cache, self._shape, self._plan
@@ -288,13 +259,6 @@ def _group_bytes(cache: KVCache, num_heads: int, tiles: Tiles) -> GroupCosts:
     token = 2.0 * cache.num_kv_heads * cache.head_dim * cache.dtype.itemsize
     partial = num_heads * (cache.head_dim + 1) * torch.float32.itemsize
     return GroupCosts(token, token, 4.0 * partial, 0.0, KernelBlocks(tiles.many_rows, 1))
-
-
-def _num_processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _PROCESSORS_OF_INTERPRETER
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
 
 
 @cache

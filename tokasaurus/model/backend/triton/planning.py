@@ -31,7 +31,7 @@ from tokasaurus.model.backend.grouping import ChosenGroups
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["TASK_SIZE", "Plan", "Tiles", "plan_tasks"]
+__all__ = ["TASK_SIZE", "Plan", "Tiles", "most_partials", "plan_tasks"]
 
 TASK_SIZE = 8
 """Numbers of a task: slot, begin and end of its positions, first row, how many rows follow each
@@ -167,6 +167,19 @@ def plan_tasks(rows: SequenceRows, groups: ChosenGroups, tiles: Tiles) -> Plan:
         few_tasks=tasks[is_few],
         many_tasks=tasks[~is_few],
     )
+
+
+def most_partials(num_rows: int, tiles: Tiles) -> int:
+    """Partial results that a batch has at most, if no prefix group lies in another.
+
+    A row has one for its own positions and one for those of its group. Beyond that, no more ranges
+    are cut than keep the device busy, and a part has as many rows as a tile.
+
+    Args:
+        num_rows: of the batch.
+        tiles: of the kernels.
+    """
+    return 2 * num_rows + tiles.many_rows * tiles.num_programs
 
 
 def _sources(rows: SequenceRows, groups: ChosenGroups, row_slots: Int32Array) -> _Sources:

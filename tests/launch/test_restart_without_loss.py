@@ -1,0 +1,75 @@
+"""A new engine takes over from a running one, and no client sees an error."""
+
+from __future__ import annotations
+
+import http.client
+import signal
+from pathlib import Path
+
+import pytest
+from engine_process import EngineProcess, eventually, running
+from steady_load import PROMPT, RunningBatch, SteadyLoad, raw_answer
+
+pytestmark = pytest.mark.engine
+
+SMALL = ("max_tokens_per_forward=256", "kv_cache_num_tokens=16384", "uvicorn_log_level=warning")
+
+
+def restarts(engine: EngineProcess) -> int:
+    return engine.log.count("restart: done")
+
+
+def restart(engine: EngineProcess, load: SteadyLoad | None = None) -> None:
+    """Sends the signal, and waits until the old engine is gone."""
+    before = restarts(engine)
+    engine.signal(signal.SIGUSR2)
+
+    def is_over() -> bool:
+        if load is not None:
+            load.check()
+        assert engine.log.count("restart: refused") == 0, engine.log
+        return restarts(engine) > before
+
+    eventually(is_over, "the restart", 120)
+
+
+def exists(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_a_restart_loses_nothing(tmp_path):
+    with running(tmp_path, *SMALL, "max_seqs_per_forward=8") as engine:
+        roles = ("server", "manager", "worker")
+        old = [engine.child(role) for role in roles]
+        idle = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=60)
+        first, _ = raw_answer(idle)
+        batch = RunningBatch(engine, 600)
+        with SteadyLoad(engine) as load, engine.client(timeout=120) as client:
+            long = client.completions.create(
+                **PROMPT, max_tokens=1200, stream=True, extra_body={"ignore_eos": True}
+            )
+            next(long)
+            eventually(lambda: batch.num_completed() > 20, "the batch runs")
+            engine.signal(signal.SIGUSR2)
+            eventually(lambda: "engine 2 serves" in engine.log, "the new engine serves")
+            # A connection from before the restart has one more answer.
+            assert raw_answer(idle) == (first, True)
+            idle.close()
+            before = dict(load.num_answers)
+            for _ in long:
+                pass
+            eventually(lambda: restarts(engine) == 1, "the restart")
+            eventually(
+                lambda: all(load.num_answers[name] > before[name] + 3 for name in before),
+                "all clients have answers of the new engine",
+            )
+            assert batch.num_completed() > 50
+            eventually(lambda: batch.is_completed, "the batch ends")
+        batch.check_result()
+        assert set(load.num_answers) == {"whole", "streams", "kept alive", "files"}
+        assert load.num_last == 1
+        assert [engine.child(role) for role in roles] != old
+        assert [pid for pid in old if exists(pid)] == []
+        engine.signal(signal.SIGTERM)
+        assert engine.wait_exit(20) == 0
+        assert list(engine.private.iterdir()) == []

@@ -1,0 +1,302 @@
+"""The FlashInfer backend with a stand-in for the library, against the reference.
+
+FlashInfer's kernels have no fp32. The stand-in is given it, so that what the backend composes shows
+without rounding. It refuses what FlashInfer would refuse.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import flashinfer_stand_in as stand_in
+import numpy as np
+import pytest
+import torch
+from attention_batches import (
+    CPU,
+    DenseOracle,
+    add_prefill,
+    attend,
+    grouped_decodes,
+    large_group,
+    make_cache,
+    random_steps,
+    random_world,
+)
+from rows import named
+
+from tokasaurus.model.backend.base import (
+    BackendOptions,
+    HeadNorms,
+    ModelHeads,
+    Rotation,
+    SequenceRows,
+)
+from tokasaurus.model.backend.flashinfer.backend import FlashInferBackend
+from tokasaurus.model.backend.flashinfer.wrappers import Wrappers
+from tokasaurus.model.backend.reference import ReferenceBackend
+from tokasaurus.rounding import ceil_div
+
+DTYPES = [(torch.float32, 2e-5), (torch.float16, 0.005), (torch.bfloat16, 0.04)]
+SHAPES = [  # num_heads, num_kv_heads, head_dim, page_size
+    (1, 1, 64, 16),
+    (4, 2, 128, 16),
+    (8, 1, 64, 7),
+    (3, 1, 256, 64),
+    (5, 5, 64, 1),
+    (14, 2, 64, 20),
+]
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
+    monkeypatch.setattr(stand_in, "DTYPES", [*stand_in.DTYPES, torch.float32])
+
+
+def random_heads(num_rows, num_heads, num_kv_heads, head_dim, dtype):
+    heads = torch.randn(num_rows, num_heads + 2 * num_kv_heads, head_dim).to(dtype)
+    return heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+
+
+def filled_cache(*arguments, **options):
+    cache = make_cache(*arguments, **options)
+    for tensor in cache.keys + cache.values:
+        tensor.normal_()
+    return cache
+
+
+def test_prompts_and_decodes_match_dense_attention():
+    """The cache is full of NaN where nothing was written."""
+    for dtype, tolerance in DTYPES:
+        for num_heads, num_kv_heads, head_dim, page_size in SHAPES:
+            torch.manual_seed(0)
+            num_pages = 3 * ceil_div(200, page_size)
+            cache = make_cache(num_pages, page_size, num_kv_heads, head_dim, dtype)
+            backend, oracle = FlashInferBackend(cache, num_heads), DenseOracle()
+            for rows in random_steps(np.random.default_rng(num_heads), 3, 4, page_size):
+                parts = random_heads(len(rows.positions), num_heads, num_kv_heads, head_dim, dtype)
+                expected = oracle.attend(rows, *parts)
+                with named((dtype, num_heads, num_kv_heads, head_dim, page_size)):
+                    output = attend(backend, rows, *parts).double()
+                    torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_random_nested_groups_match_the_reference():
+    """And the same batch without them."""
+    num_grouped = num_apart = 0
+    for dtype, tolerance in DTYPES:
+        for seed in range(12):
+            num_heads, num_kv_heads, head_dim, _ = SHAPES[seed % len(SHAPES)]
+            page_size = (16, 20, 8)[seed % 3]
+            plain, grouped, _ = random_world(np.random.default_rng(seed), page_size)
+            torch.manual_seed(seed)
+            cache = filled_cache(plain.page_table.numel(), page_size, num_kv_heads, head_dim, dtype)
+            backend = FlashInferBackend(cache, num_heads)
+            parts = random_heads(len(plain.positions), num_heads, num_kv_heads, head_dim, dtype)
+            with named((dtype, seed)):
+                output = attend(backend, grouped, *parts)
+                num_grouped += sum(backend.grouped_rows)
+                reference = ReferenceBackend(cache, num_heads)
+                expected = attend(reference, grouped, *parts)
+                assert backend.grouped_rows == reference.grouped_rows
+                torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+                alone = attend(backend, plain, *parts)
+                assert sum(backend.grouped_rows) == 0
+                torch.testing.assert_close(alone, expected, atol=tolerance, rtol=tolerance)
+            levels = backend.plan(grouped)._levels
+            num_apart += sum(isinstance(level.rows, torch.Tensor) for level in levels)
+    assert num_grouped > 100
+    assert num_apart > 10
+
+
+def test_a_large_group_changes_no_result():
+    """Its rows follow each other, so nothing is gathered."""
+    for dtype, tolerance in DTYPES:
+        torch.manual_seed(1)
+        cache = filled_cache(60, 16, 1, 64, dtype)
+        backend = FlashInferBackend(cache, 3)
+        plain, grouped = large_group(40, 20, 16)
+        parts = random_heads(40, 3, 1, 64, dtype)
+        expected = attend(backend, plain, *parts)
+        with named(dtype):
+            output = attend(backend, grouped, *parts)
+            assert backend.grouped_rows.num_decodes == 40
+            torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+    assert [level.rows for level in backend.plan(grouped)._levels] == [slice(0, 40)]
+
+
+def test_a_group_reads_its_prefix_through_its_first_member():
+    """Reading it through another member's page table would show: their entries are broken."""
+    plain, grouped = grouped_decodes(np.random.default_rng(3), 16)
+    cache = filled_cache(9 * 8, 16, 1, 64)
+    parts = random_heads(9, 2, 1, 64, torch.float32)
+    backend = FlashInferBackend(cache, 2)
+    expected = attend(backend, plain, *parts)
+    broken = plain.page_table.clone()
+    broken[plain.slots[3], 0] = broken[plain.slots[0], 0]
+    output = attend(backend, replace(plain, page_table=broken), *parts)
+    assert (output[3] - expected[3]).abs().max() > 1e-3
+    output = attend(backend, replace(grouped, page_table=broken), *parts)
+    torch.testing.assert_close(output, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_groups_that_save_no_bytes_are_not_taken():
+    """A partial result in fp16, with 8 query heads and one key head, is as much as 4 positions.
+
+    It is written and read, as is what it is merged with: 16 positions. So a page of 16 saves
+    nothing.
+    """
+    _, grouped = large_group(70, 50, 16)
+    cache = make_cache(120, 16, 1, 64, torch.float16)
+    for use_groups, taken in ((None, (0, 70, 2)), (True, (70, 70, 2)), (False, (0, 0, 0))):
+        backend = FlashInferBackend(cache, 8, BackendOptions(use_groups=use_groups))
+        for num_rows, num_columns, expected in zip((70, 70, 2), (1, 3, 50), taken, strict=True):
+            rows, columns = (np.array([count], np.int32) for count in (num_rows, num_columns))
+            groups = replace(grouped.groups, num_decodes=rows, num_columns=columns)
+            backend.plan(replace(grouped, groups=groups))
+            with named((use_groups, num_rows, num_columns)):
+                assert backend.grouped_rows.num_decodes == expected
+
+
+def test_sequences_of_no_rows_and_of_one_position_pass():
+    cache = make_cache(4, 16, 2, 64)
+    rows = SequenceRows(
+        slots=np.array([2, 0, 1], np.int32),
+        query_starts=np.array([0, 0, 1, 1], np.int32),
+        kv_lengths=np.array([0, 1, 0], np.int32),
+        positions=np.zeros(1, np.int32),
+        page_table=torch.arange(4, dtype=torch.int32)[:, None],
+    )
+    parts = random_heads(1, 4, 2, 64, torch.float32)
+    output = attend(FlashInferBackend(cache, 4), rows, *parts)
+    # With a single key the output is its value.
+    torch.testing.assert_close(output, parts[2].repeat_interleave(2, dim=1))
+    empty = np.zeros(0, np.int32)
+    nothing = SequenceRows(empty, np.zeros(1, np.int32), empty, empty, rows.page_table)
+    parts = random_heads(0, 4, 2, 64, torch.float32)
+    assert attend(FlashInferBackend(cache, 4), nothing, *parts).shape == (0, 4, 64)
+
+
+def test_heads_are_normed_rotated_and_stored_as_the_reference_does():
+    """Only this layer is written."""
+    plain, _ = grouped_decodes(np.random.default_rng(0), 16)
+    rows = add_prefill(plain, 5)
+    num_rows = len(rows.positions)
+    torch.manual_seed(0)
+    angles = torch.rand(num_rows, 1, 32) * 6
+    rotation = Rotation(angles.cos(), angles.sin())
+    # A part of something wider, as a fused product may give it.
+    heads = torch.randn(num_rows, 11, 64).half()[:, 3:]
+    weights = (torch.rand(2, 64) + 0.5).half()
+    for norms in (None, HeadNorms(*weights, 1e-5)):
+        caches, outputs = [], []
+        for backend in (FlashInferBackend, ReferenceBackend):
+            cache = make_cache(10 * 8, 16, 2, 64, torch.float16, num_layers=2)
+            for tensor in cache.keys + cache.values:
+                tensor.zero_()
+            outputs.append(backend(cache, 4).plan(rows).attend(1, heads, rotation, norms))
+            caches.append(cache)
+        with named(norms is not None):
+            assert not caches[0].keys[0].any()
+            assert torch.equal(caches[0].keys[1], caches[1].keys[1])
+            assert torch.equal(caches[0].values[1], caches[1].values[1])
+            torch.testing.assert_close(*outputs, atol=0.003, rtol=0.003)
+
+
+def test_the_third_generation_is_for_long_chunks():
+    """128 rows of one of 4 heads are a tile. They fill it by half, and 12 multiprocessors."""
+    cache = make_cache(60, 16, 1, 128, torch.float16)
+    backend = FlashInferBackend(cache, 4)
+    backend._wrappers._has_fa3 = True
+    backend._wrappers._num_processors = 12
+    for counts, expected in (
+        ([300], "fa3"),
+        ([128, 128], "fa2"),
+        ([128, 128, 128], "fa3"),
+        ([384, 1, 1, 1, 1, 1], "fa2"),
+        ([150, 150], "fa3"),
+        ([130, 130], "fa3"),
+    ):
+        counts = np.array(counts, np.int32)
+        starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        rows = SequenceRows(
+            slots=np.arange(len(counts), dtype=np.int32),
+            query_starts=starts,
+            kv_lengths=counts,
+            positions=np.concatenate([np.arange(n, dtype=np.int32) for n in counts]),
+            page_table=torch.arange(len(counts) * 30, dtype=torch.int32).view(-1, 30) % 60,
+        )
+        with named(counts):
+            ((wrapper, _),) = backend.plan(rows)._own
+            assert wrapper._backend == expected
+
+
+def test_two_wrappers_take_turns_and_wait_for_the_copy_of_their_last_plan(monkeypatch):
+    log = []
+
+    class Event:
+        def synchronize(self):
+            log.append(("wait", self))
+
+        def record(self):
+            log.append(("record", self))
+
+    wrappers = Wrappers(stand_in, ModelHeads(2, 1, 64, torch.float16), torch.float16, CPU)
+    turns = [wrappers._take("decodes", wrappers._make_decode) for _ in range(5)]
+    assert turns[0] is not turns[1]
+    assert turns == [turns[0], turns[1]] * 2 + [turns[0]]
+    turn = turns[0]
+    turn._copied = Event()
+    monkeypatch.setattr(turn._wrapper, "plan", lambda *_, **__: log.append(("plan", turn)))
+    turn.plan()
+    assert [what for what, _ in log] == ["wait", "plan", "record"]
+
+
+def run_wrongly(wrong):
+    """One request of three rows, with something wrong."""
+    workspace = torch.zeros(8, dtype=torch.uint8)
+    wrapper = stand_in.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND", backend="fa2")
+    three, two = (torch.tensor([0, last], dtype=torch.int32) for last in (3, 2))
+    lengths = torch.tensor([3], dtype=torch.int32)
+    query = torch.zeros(3, 2, 64, dtype=torch.float16)
+    cache = [torch.zeros(2, 1, 16, 64, dtype=torch.float16) for _ in range(2)]
+    out = torch.empty_like(query)
+    if wrong == "strides":
+        out = out.transpose(0, 1).contiguous().transpose(0, 1)
+    elif wrong == "page size":
+        cache = [each[:, :, :8] for each in cache]
+    if wrong != "no plan":
+        wrapper.plan(
+            two if wrong == "rows" else three.long() if wrong == "indices" else three,
+            torch.tensor([0, 1], dtype=torch.int32),
+            torch.tensor([1], dtype=torch.int32),
+            lengths,
+            2,
+            1,
+            64,
+            16,
+            causal=True,
+            sm_scale=0.1,
+            q_data_type=torch.bfloat16 if wrong == "dtype" else torch.float16,
+            kv_data_type=torch.float16,
+            seq_lens=lengths,
+            max_token_per_sequence=2 if wrong == "rows" else 3,
+        )
+    wrapper.run(query, tuple(cache), out=out)
+
+
+def test_the_stand_in_refuses_what_flashinfer_cannot_do():
+    """The tests here rely on it."""
+    run_wrongly("nothing")
+    for wrong, reason in (
+        ("dtype", "queries are torch.float16, and torch.bfloat16 was planned"),
+        ("rows", "and 2 rows were planned"),
+        ("page size", r"pages are \(1, 8, 64\)"),
+        ("strides", "the output is not contiguous"),
+        ("no plan", "before plan"),
+        ("indices", "is torch.int64, not int32"),
+    ):
+        with named(wrong), pytest.raises(ValueError, match=reason):
+            run_wrongly(wrong)

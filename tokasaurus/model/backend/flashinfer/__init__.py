@@ -1,0 +1,1 @@
+"""Attention by FlashInfer's kernels. Only ``backend.py`` is imported from elsewhere."""
