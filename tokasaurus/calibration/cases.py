@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +102,7 @@ class Case:
     def timed(self, page_size: int) -> ForwardBatch:
         """The batch that is measured. A second one finds sequences one position longer."""
         slots = np.arange(self.num_sequences, dtype=np.int32)
-        groups = {}
+        groups: dict[str, Any] = {}
         if self.prefix:
             columns = (0, self.num_decodes, 0, self.num_chunks, 0, self.prefix // page_size)
             names = ("first_decodes", "num_decodes", "first_chunks", "num_chunks")
@@ -257,7 +258,7 @@ def held_out_cases(limits: Limits) -> list[Case]:
     )
 
 
-def _chunks(count: int, rows: int) -> dict[str, Int32Array]:
+def _chunks(count: int, rows: int) -> dict[str, Any]:
     """Columns of chunks that end nowhere."""
     return {
         "prefill_lengths": np.full(count, rows, np.int32),
