@@ -6,11 +6,7 @@ core here. Two loads run one after the other:
 repeated   8 prompts, many samples of each: once with prefixes read once, and once without
 chat       prompts with nothing in common, of log-normal lengths
 
-*Roofline*: the seconds that a device would take which multiplies and reads all the time, one after
-the other, each at the rate that was measured on the spot. Products are those of all rows, attention
-is over all positions. Reading is the weights once for each step, keys and values of each sequence
-once for each of its steps, and those of a shared prompt once for all of its samples. Steps are as
-few as the number of sequences that may run allows.
+*Roofline*: what ``bound_s`` says, with rates that are measured on the spot.
 
 *Idle*: the share of the time with batches in flight in which no batch was on the device, by the
 device's own clock. A batch counts from the moment its first work is enqueued. Where nvidia-smi
@@ -22,30 +18,23 @@ from __future__ import annotations
 import shutil
 import statistics
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from tokasaurus import SamplingParams
 from tokasaurus.bench.cpu_time import process_cpu_s
+from tokasaurus.bench.loads import LoadedEngine, Rates, bound_s, loaded_engine
 from tokasaurus.bench.peers.checkpoint import SHAPES, Shape, make_without_weights
 from tokasaurus.bench.peers.workloads import Request, Workload
 from tokasaurus.bench.roofline import RooflineConfig, matrix_gflop_per_s, memory_gb_per_s
-from tokasaurus.config.engine import EngineConfig
-from tokasaurus.launch.assemble import assemble
-from tokasaurus.launch.replicated import ReplicatedEngine
-from tokasaurus.protocol.messages import Statistics
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["SIZES", "Rates", "Size", "Speed", "bound_s", "measure_rates", "measure_speeds"]
+__all__ = ["SIZES", "Size", "Speed", "measure_rates", "measure_speeds"]
 
 _WIDTHS = {"float32": 4, "bfloat16": 2}
 _PAGE = 16
 _LONGEST_CHAT = 1024
-_STATISTICS_S = 5.0
 _SAMPLE_MS = 100
 
 
@@ -100,19 +89,6 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Of a device.
-
-    Attributes:
-        flops: a second, of products.
-        bytes: a second.
-    """
-
-    flops: float
-    bytes: float
-
-
-@dataclass(frozen=True)
 class Speed:
     """What one load came to.
 
@@ -141,46 +117,6 @@ def measure_rates(device: str, size: Size) -> Rates:
     return Rates(1e9 * matrix_gflop_per_s(config, size.dtype), 1e9 * memory_gb_per_s(config))
 
 
-def bound_s(
-    shape: Shape,
-    width: int,
-    requests: list[Request],
-    max_seqs: int,
-    rates: Rates,
-    *,
-    shares: bool,
-) -> float:
-    """The seconds of the roofline.
-
-    Args:
-        shape: of the model.
-        width: bytes of a number.
-        requests: what runs.
-        max_seqs: sequences that may run together.
-        rates: of the device.
-        shares: the keys and values of a prompt are read once for all of its samples.
-    """
-    head = shape.hidden_size * shape.vocab_size
-    parameters = sum(a * b for a, b, *_ in (each for each in shape.tensors().values() if each[1:]))
-    layers = parameters - head  # the head has the embedding's weights
-    rows = draws = pairs = positions = 0
-    for request in requests:
-        prompt, new, n = len(request.prompt), request.max_tokens, request.n
-        rows += prompt + n * (new - 1)
-        draws += n * new
-        own = n * new * (new - 1) // 2
-        pairs += prompt * (prompt + 1) // 2 + n * (new - 1) * prompt + own
-        positions += own + (1 if shares else n) * (new - 1) * prompt
-    attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * pairs
-    flops = 2 * (layers * rows + head * draws) + attention
-    sequences = sum(request.n for request in requests)
-    steps = max(
-        ceil_div(draws, min(sequences, max_seqs)), max(each.max_tokens for each in requests)
-    )
-    num_bytes = steps * parameters * width + positions * shape.kv_bytes(width)
-    return flops / rates.flops + num_bytes / rates.bytes
-
-
 def measure_speeds(device: str, size: Size, rates: Rates, directory: Path) -> Iterator[Speed]:
     """Runs every load.
 
@@ -194,7 +130,7 @@ def measure_speeds(device: str, size: Size, rates: Rates, directory: Path) -> It
     make_without_weights(shape, directory)
     chat = Workload("mixed", shape.vocab_size, size.chat).requests()
     for shares in (True, False):
-        with _engine(device, size, directory, shares=shares) as engine:
+        with loaded_engine(_flags(device, size, directory, shares=shares)) as engine:
             # The repetitions of a workload differ in their ids.
             loads = [("repeated", _repeated(size, shape))]
             if shares:
@@ -213,41 +149,33 @@ def _repeated(size: Size, shape: Shape) -> list[Request]:
     ]
 
 
-@contextmanager
-def _engine(
-    device: str, size: Size, directory: Path, *, shares: bool
-) -> Iterator[ReplicatedEngine]:
-    config = EngineConfig(
-        model=str(directory),
-        device=device,
-        dtype=size.dtype,
-        load_format="dummy",
-        kv_cache_num_tokens=size.kv_tokens,
-        page_size=_PAGE,
-        max_seqs_per_forward=size.max_seqs,
-        max_tokens_per_forward=size.batch_tokens,
-        torch_compile=size.compiles,
-        use_hydragen=None if shares else False,
-        max_n=size.num_samples,
-        log_level="WARNING",
-    )
-    engine = ReplicatedEngine(assemble(config))
-    try:
-        yield engine
-    finally:
-        engine.close()
+def _flags(device: str, size: Size, directory: Path, *, shares: bool) -> dict[str, object]:
+    return {
+        "model": str(directory),
+        "device": device,
+        "dtype": size.dtype,
+        "load_format": "dummy",
+        "kv_cache_num_tokens": size.kv_tokens,
+        "page_size": _PAGE,
+        "max_seqs_per_forward": size.max_seqs,
+        "max_tokens_per_forward": size.batch_tokens,
+        "torch_compile": size.compiles,
+        "use_hydragen": None if shares else False,
+        "max_n": size.num_samples,
+    }
 
 
 def _measure(
-    engine: ReplicatedEngine, device: str, name: str, requests: list[Request], bound: float
+    engine: LoadedEngine, device: str, name: str, requests: list[Request], bound: float
 ) -> Speed:
     # What the first requests load is no part of it.
-    _run(engine, [Request(requests[0].prompt[:8], 2, 2)])
-    before, pid = _statistics(engine, 0), _manager_pid(engine)
+    engine.run([Request(requests[0].prompt[:8], 2, 2)])
+    before, pid = engine.statistics(4), engine.manager_pid
     cpu_s = process_cpu_s(pid)
     with _busy_shares(device) as shares:
-        seconds, num_tokens = _run(engine, requests)
-    after = _statistics(engine, before.num_generated_tokens + num_tokens)
+        seconds = engine.run(requests)
+    num_tokens = sum(each.max_tokens * each.n for each in requests)
+    after = engine.statistics(before.num_generated_tokens + num_tokens)
     cpu_s = process_cpu_s(pid) - cpu_s
     num_batches = after.num_batches - before.num_batches
     active_s = after.active_s - before.active_s
@@ -263,55 +191,6 @@ def _measure(
         num_batches=num_batches,
         num_recompiles=after.num_recompiles,
     )
-
-
-def _run(engine: ReplicatedEngine, requests: list[Request]) -> tuple[float, int]:
-    """Runs requests that all come at once. Returns seconds, and generated tokens."""
-    prepared = [
-        engine.prepare(
-            request.prompt,
-            SamplingParams(
-                max_tokens=request.max_tokens, n=request.n, temperature=1.0, ignore_eos=True
-            ),
-        )
-        for request in requests
-    ]
-    started = time.perf_counter()
-    changed: list[int] = []
-    generations = [
-        engine.generations.start(each, on_change=partial(changed.append, number))
-        for number, each in enumerate(prepared)
-    ]
-    unfinished = set(range(len(generations)))
-    while unfinished:
-        engine.step()
-        for number in changed:
-            if (error := generations[number].error) is not None:
-                raise error
-            if generations[number].finished:
-                unfinished.discard(number)
-        changed.clear()
-    seconds = time.perf_counter() - started
-    return seconds, sum(request.max_tokens * request.n for request in requests)
-
-
-def _statistics(engine: ReplicatedEngine, least_tokens: int) -> Statistics:
-    """The manager's last figures of a load, which it sends when it rests."""
-    deadline = time.monotonic() + _STATISTICS_S
-    while time.monotonic() < deadline:
-        engine.step()
-        found = engine.generations.statistics
-        is_late = found is None or found.num_generated_tokens < least_tokens
-        if found is not None and not is_late and not found.num_running:
-            return found
-    raise TimeoutError(f"the manager did not report {least_tokens} tokens")
-
-
-def _manager_pid(engine: ReplicatedEngine) -> int:
-    for member in engine._supervisor._members:
-        if member.role.kind == "manager" and member.process is not None:
-            return member.process.pid
-    raise AssertionError("there is no process of the manager")
 
 
 @contextmanager
