@@ -23,7 +23,7 @@
 #   make docs          build the documentation as a site, in site/, and check its links
 #   make check         check formatting, lint, import contracts, types
 #   make bench         measure the CPU time of the manager     make bench ARGS='mix=full quick=T'
-#   make gpu-check     check that a CUDA device computes what the CPU computes
+#   make gpu-check     check that a GPU computes what the CPU computes, and how fast it serves
 #   make gpu-bundle    collect in gpu-bundle/ what a GPU machine without a network lacks
 #   make dist          build the wheel and the sdist in dist/
 #   make install       make .venv with the package (editable) and everything that the targets need
