@@ -22,6 +22,7 @@ import yaml
 from documentation import ROOT, examples, mismatch, run_bash, run_python
 
 import tokasaurus
+from tokasaurus.commands import COMMANDS
 from tokasaurus.config.parser import parse_command_line
 
 README = "README.md"
@@ -71,6 +72,8 @@ def test_pip_installs_what_exists():
 
 def test_the_flags_of_toka_exist():
     for arguments in commands("toka"):
+        if arguments and arguments[0] in COMMANDS:
+            continue
         config = parse_command_line(arguments, {})
         assert all(hasattr(config, each.split("=")[0]) for each in arguments)
 

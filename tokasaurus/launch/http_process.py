@@ -16,6 +16,7 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.launch.doors import FROM_HTTP, TO_HTTP
 from tokasaurus.launch.http_relay import INNER_SOCKET
 from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Ready, Retire, Stop
+from tokasaurus.launch.tracing import close_tracing, open_tracing
 from tokasaurus.launch.web_server import web_server
 from tokasaurus.open_files import allow_many_files
 from tokasaurus.protocol.channels import AsyncReceiver, Sender, door_address
@@ -65,7 +66,7 @@ class _HTTPProcess:
             succession is None or succession.predecessor_store_socket is None
         )
         self._lifeline = lifeline
-        self._state = EngineState()
+        self._state = EngineState(open_tracing(self._config, assignment.role))
         directory = Path(assignment.directory)
         self._door: AsyncReceiver[ToHTTP] = AsyncReceiver(
             door_address(directory, assignment.role), TO_HTTP
@@ -87,6 +88,7 @@ class _HTTPProcess:
         for task in ended:
             task.result()  # raises what ended it
         self._tell_counts()
+        await close_tracing(self._state.tracing)
         self._unwatch()
 
     async def _serve(self) -> None:

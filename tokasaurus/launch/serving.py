@@ -17,6 +17,7 @@ from tokasaurus.launch.http_relay import HTTPRelay
 from tokasaurus.launch.lifeline import Assignment, Joined, Left, Lifeline, Retire, Serving
 from tokasaurus.launch.store_keeping import StoreKeeping
 from tokasaurus.launch.text_process import TextProcess
+from tokasaurus.launch.tracing import close_tracing
 from tokasaurus.launch.web_server import web_server
 from tokasaurus.open_files import allow_many_files
 from tokasaurus.server.app import create_app
@@ -84,6 +85,7 @@ class _Serving(TextProcess):
             await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             await self._store.close()
+            await close_tracing(self.state.tracing)
         self.unwatch()
 
     async def _serve_http(self) -> None:

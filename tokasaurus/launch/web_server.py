@@ -65,10 +65,9 @@ class WebServer(uvicorn.Server):
         for connection in self.server_state.connections:
             assert isinstance(connection, Connection)
             connection.close_after_answer()
-        quiet_since = loop.time()
-        while loop.time() < quiet_since + _QUIET_S:
-            if self.server_state.connections:
-                quiet_since = loop.time()
+        num_quiet = 0  # looks in a row
+        while num_quiet * _POLL_S < _QUIET_S:
+            num_quiet = 0 if self.server_state.connections else num_quiet + 1
             await asyncio.sleep(_POLL_S)
 
     @contextlib.contextmanager

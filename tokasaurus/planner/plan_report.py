@@ -100,10 +100,17 @@ class PlanReport:
             best.candidate.slices.memory_plan.line,
             f"a batch of {best.bound.num_running / best.candidate.manager.num_lanes:,.0f}"
             f" sequences takes {best.bound.batch_s * 1e3:.3g} ms: {', '.join(shares)}",
-            f"more sequences do not run because of {best.bound.limit}",
+            f"what keeps more sequences from running: {best.bound.limit}",
             f"expect {best.tokens_per_s:,.0f} generated tokens/s and {_time(best.seconds)}, more or"
             f" less {best.cost.error:.0%}",
         ]
+        if best.simulated is not None:
+            share = best.simulated.report.peak_cache_use
+            lines.insert(
+                1,
+                f"sequences held at most {share * best.candidate.kv_tokens:,.0f} tokens of a"
+                f" replica's KV cache, {share:.1%}",
+            )
         cost = self.cost_per_million(best)
         if cost is not None:
             lines.append(f"a million generated tokens cost {cost:.3g} at this price")
@@ -208,6 +215,7 @@ class PlanReport:
                 "mean_batch_size": report.mean_batch_size,
                 "mean_latency_s": report.mean_latency_s,
                 "cached_tokens": report.num_cached_tokens,
+                "peak_kv_tokens": round(report.peak_cache_use * candidate.kv_tokens),
             },
             "why": why_slower(outcome, self.plan.best),
         }

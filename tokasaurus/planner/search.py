@@ -251,7 +251,9 @@ class Search:
             at = min(range(len(steps)), key=lambda index: abs(steps[index] - now[name]))
             for other in steps[max(at - 1, 0) : at + 2]:
                 if other != now[name]:
-                    flags = {**candidate.flags, name: other}
+                    flags = {**now, name: other}
+                    for decided in self.question.flags:
+                        flags.pop(decided, None)
                     outcome = self._bound(candidate.layout, flags)
                     if outcome is not None:
                         yield outcome
