@@ -4,7 +4,8 @@
 
 No engine can multiply faster than the first, or read its weights and KV cache faster than the
 second. The matrix is square and large, multiplied by PyTorch. The memory is read once, by a
-product with a vector, and no cache holds it. Each rate is the best of several rounds.
+product with a vector, and no cache holds it. Each rate is the best of several rounds. With
+``device=cuda`` they are those of the first GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from tokasaurus.bench.output import print_json, progress, table
 from tokasaurus.config.schema import Schema, check_fields, flag
+from tokasaurus.model.instruction_sets import processor_name
 
 __all__ = ["SCHEMA", "RooflineConfig", "run"]
 
@@ -28,6 +30,7 @@ class RooflineConfig:
         choices=("float32", "bfloat16"),
         help="Of the matrices.",
     )
+    device: str = flag("cpu", choices=("cpu", "cuda"), help="What multiplies and reads.")
     matrix: int = flag(2048, minimum=1, help="Rows and columns of the matrices.")
     memory_mib: int = flag(1024, minimum=1, help="MiB that are read.")
     rounds: int = flag(7, minimum=1, help="How often each is measured.")
@@ -54,26 +57,54 @@ def run(config: RooflineConfig) -> None:
         matrix[dtype] = _matrix_gflop_per_s(config, dtype)
     rows = [(f"matrices in {dtype}", f"{rate:,.0f} GFLOP/s") for dtype, rate in matrix.items()]
     print(table(("what", "rate"), [*rows, ("memory", f"{memory:.1f} GB/s")]))
-    print_json({"matrix_gflop_per_s": matrix, "memory_gb_per_s": memory})
+    print_json(
+        {
+            "device": _name(config.device),
+            "matrix_gflop_per_s": matrix,
+            "memory_gb_per_s": memory,
+        }
+    )
+
+
+def _name(device: str) -> str:
+    if device == "cpu":
+        return processor_name()
+    import torch
+
+    name: str = torch.cuda.get_device_name()
+    return name
 
 
 def _matrix_gflop_per_s(config: RooflineConfig, dtype: str) -> float:
     import torch
 
     size = config.matrix
-    left, right = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+    left, right = (
+        torch.randn(size, size, device=config.device).to(getattr(torch, dtype)) for _ in range(2)
+    )
     result = torch.empty_like(left)
-    return 2e-9 * size**3 / _least_s(config, lambda: torch.mm(left, right, out=result))
+
+    def multiply() -> None:
+        torch.mm(left, right, out=result)
+        result[0, 0].item()  # waits for the device
+
+    return 2e-9 * size**3 / _least_s(config, multiply)
 
 
 def _memory_gb_per_s(config: RooflineConfig) -> float:
     import torch
 
     columns = 4096
-    memory = torch.ones(config.memory_mib * (1 << 20) // (4 * columns), columns)
-    vector, result = torch.ones(columns), torch.empty(len(memory))
-    seconds = _least_s(config, lambda: torch.mv(memory, vector, out=result))
-    return 1e-9 * memory.nbytes / seconds
+    rows = config.memory_mib * (1 << 20) // (4 * columns)
+    memory = torch.ones(rows, columns, device=config.device)
+    vector = torch.ones(columns, device=config.device)
+    result = torch.empty(rows, device=config.device)
+
+    def read() -> None:
+        torch.mv(memory, vector, out=result)
+        result[0].item()  # waits for the device
+
+    return 1e-9 * memory.nbytes / _least_s(config, read)
 
 
 def _least_s(config: RooflineConfig, work: Callable[[], object]) -> float:
