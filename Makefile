@@ -9,19 +9,23 @@
 #   make test-sets     run the tests of the model with each instruction set of this processor
 #   make test-parallel run the end-to-end tests with every grid of replicas, stages and ranks
 #   make test-chaos    kill and stop processes of engines at random moments, under load
+#   make test-restart  restart engines ten times under load, and in all ways that fail
 #   make test-ray      install Ray and run the tests with clusters of several raylets on this machine
 #   make test-clients  install LangChain, LiteLLM, Instructor; run their tests and docs/clients.md
 #   make test-sources  install boto3 and moto, and run the tests of cartridges in S3
-#   make test-cuda     install Triton, interpret its kernels and compile them; needs no GPU
+#   make test-traces   install OpenTelemetry's SDK, and run the tests of traces
+#   make test-cuda     install Triton and FlashInfer, and test what runs of them without a GPU
 #   make test-verl     make environments with veRL 0.9.1 and 0.7.1, and run its rollout's tests in each
 #   make test-browser  install Playwright and try the page in a headless Chromium; makes its pictures
 #   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
 #   make test-monitoring  run the dashboard's and the alerts' queries on a Prometheus
+#   make test-systemd  run the unit under a systemd in namespaces of its own, as root
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make docs          build the documentation as a site, in site/, and check its links
 #   make check         check formatting, lint, import contracts, types
 #   make bench         measure the CPU time of the manager     make bench ARGS='mix=full quick=T'
-#   make gpu-check     check that a CUDA device computes what the CPU computes
+#   make gpu-check     check that a GPU computes what the CPU computes, and how fast it serves
+#   make gpu-bundle    collect in gpu-bundle/ what a GPU machine without a network lacks
 #   make dist          build the wheel and the sdist in dist/
 #   make install       make .venv with the package (editable) and everything that the targets need
 
@@ -42,14 +46,14 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
 
 # Tests that need no more than `make install` installs. The others have targets of their own.
 INSTALLED := not ray and not s3 and not verl and not clients and not triton and not browser \
-                 and not prometheus
+                 and not prometheus and not systemd and not traces
 
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
-        test-chaos test-ray test-verl test-clients test-sources test-cuda test-browser test-deploy test-monitoring \
-        test-pythons docs bench gpu-check dist clean
+        test-chaos test-restart test-ray test-verl test-clients test-sources test-traces test-cuda test-browser \
+        test-deploy test-monitoring test-systemd test-pythons docs bench gpu-check gpu-bundle dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -122,6 +126,10 @@ test-parallel: install
 test-chaos: install
 	@$(BIN)/pytest tests/launch/test_chaos.py -m long $(ARGS)
 
+test-restart: install
+	@$(BIN)/pytest -m 'long or not long' --timeout 3600 tests/launch/test_restart_without_loss.py \
+	    tests/launch/test_restart_refusals.py tests/server/http/test_retiring.py tests/batch/test_leaving.py $(ARGS)
+
 test-ray: install
 	@$(BIN)/python -c 'import ray' 2>/dev/null || { echo "==> installing Ray"; \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'; }
@@ -156,21 +164,30 @@ test-sources: install
 	@echo "==> pytest, cartridges in S3"
 	@$(BIN)/pytest -m s3 tests/cartridges tests/launch/test_cartridge_sources.py $(ARGS)
 
+test-traces: install
+	@$(BIN)/python -c 'import opentelemetry.exporter.otlp.proto.http' 2>/dev/null || { \
+	    echo "==> installing OpenTelemetry's SDK and exporter"; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	        -e '.[otlp]'; }
+	@echo "==> pytest, traces"
+	@$(BIN)/pytest -m traces tests/launch/test_traces.py $(ARGS)
+
 # An environment of its own: Triton's interpreter needs an older numpy than constraints.txt has, and
 # with Triton installed torch takes other ways. It has the packages of the usual one, except for these.
 CUDA_STAMP := .venv-cuda/.installed
 
 $(CUDA_STAMP): $(STAMP)
-	@echo "==> installing Triton in .venv-cuda (about 1 GB)"
+	@echo "==> installing Triton and FlashInfer in .venv-cuda (about 1 GB)"
 	@test -x .venv-cuda/bin/python || $(BIN)/python -m venv .venv-cuda
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > $$(.venv-cuda/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/usual.pth
 	@.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	    triton==3.6.0 'numpy<2.4'
+	    triton==3.6.0 'numpy<2.4' \
+	    flashinfer-python==0.6.14 apache-tvm-ffi==0.1.15.post2 nvidia-ml-py==13.615.71
 	@touch $@
 
 test-cuda: $(CUDA_STAMP)
-	@echo "==> pytest, Triton's kernels"
+	@echo "==> pytest, Triton's kernels and FlashInfer's wrappers"
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest -m triton --timeout 1200 \
 	    --numprocesses $(WORKERS) --dist loadfile --durations 10 tests/model/backend $(ARGS)
 
@@ -203,6 +220,11 @@ test-monitoring: install
 	@echo "==> pytest, queries on a Prometheus"
 	@$(BIN)/pytest -m prometheus tests/monitoring $(ARGS)
 
+# Linux, root and systemd. The unit runs in namespaces of its own, and leaves nothing behind.
+test-systemd: install
+	@echo "==> pytest, the unit under systemd"
+	@$(BIN)/pytest -m systemd tests/systemd $(ARGS)
+
 # The packages of the extra `docs`, without the engine and what it needs; and CommonMark, to compare.
 docs:
 	@.venv-docs/bin/python -c 'import markdown_it, mkdocs, pygments' 2>/dev/null || { \
@@ -223,9 +245,21 @@ test-pythons:
 bench: install
 	@$(BIN)/toka-bench manager $(ARGS)
 
-# Needs a CUDA device, which CI has not.
-gpu-check: install
-	@$(BIN)/python tests/gpu_check.py $(ARGS)
+# Needs a CUDA device, which CI has not. With a bundle it needs no network, and runs on the PyTorch
+# that the machine has.
+GPU_VENV := $(if $(wildcard gpu-bundle/install.sh),.venv-gpu,$(VENV))
+
+gpu-check: $(GPU_VENV)/.installed
+	@PYTHONPATH=$(CURDIR) $(GPU_VENV)/bin/python tests/gpu_check.py $(ARGS)
+
+.venv-gpu/.installed: gpu-bundle/install.sh
+	@echo "==> installing gpu-bundle in .venv-gpu"
+	@$(PYTHON) -m venv --clear --system-site-packages .venv-gpu
+	@gpu-bundle/install.sh .venv-gpu/bin/python
+	@touch $@
+
+gpu-bundle: install
+	@$(BIN)/python tests/gpu_bundle.py gpu-bundle
 
 dist: install
 	@echo "==> building the sdist, and from it the wheel"

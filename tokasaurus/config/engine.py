@@ -429,6 +429,16 @@ class EngineConfig:
             "time, level, process, message and, where they apply, request_id and traceback."
         ),
     )
+    otlp_endpoint: str | None = flag(
+        None,
+        group=_LOGGING,
+        help=(
+            "Send OpenTelemetry traces of requests to this collector, by OTLP over HTTP: "
+            "http://HOST:4318. It needs the extra otlp. Environment variables such as "
+            "OTEL_TRACES_SAMPLER and OTEL_SERVICE_NAME say the rest."
+        ),
+        adapts="no traces",
+    )
     log_procs: tuple[str, ...] | None = flag(
         None,
         group=_LOGGING,
@@ -444,7 +454,8 @@ class EngineConfig:
         minimum=1,
         help=(
             "Tokens that the KV cache of a replica holds. auto: what the free memory holds beside "
-            "the weights and the largest batch, less a tenth of the free memory."
+            "the weights and the largest batch, less a tenth of the free memory; on cuda, what a "
+            "measurement at the start leaves."
         ),
         usually="131072",
         adapts="down to auto; up to max_num_tokens_per_request",
@@ -639,14 +650,16 @@ class EngineConfig:
         help="Arguments of torch.compile, by nested keys, as in torch_compile_config.mode=default.",
         adapts="its own",
     )
-    use_cudagraphs: bool = flag(
-        True,
+    use_cudagraphs: bool | None = flag(
+        None,
         group=_GRAPHS,
         help=(
             "On cuda, run small batches of generated tokens as CUDA graphs: the device repeats "
             "recorded kernels, and Python launches none. Batches with prompts, or with a shared "
-            "prefix that is read once, run as usual. On cpu it changes nothing."
+            "prefix that is read once, run as usual. F never does. On cpu T changes nothing, and "
+            "the log says so."
         ),
+        adapts="T on cuda",
     )
     cudagraph_max_size: int = flag(
         128,

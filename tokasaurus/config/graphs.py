@@ -13,7 +13,7 @@ _MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 
 def check_graphs(config: EngineConfig, device: str, problems: list[str]) -> None:
     """Adds a line for every conflict."""
-    if not config.use_cudagraphs:
+    if config.use_cudagraphs is False:
         return
     largest, step = config.cudagraph_max_size, config.cudagraph_step
     if largest % step:
@@ -39,7 +39,7 @@ def graph_sizes(config: EngineConfig, device: str, max_seqs: int) -> tuple[int, 
         device: "cpu" or "cuda".
         max_seqs: of a batch. No graph is larger than the one that has room for all of these.
     """
-    if device != "cuda" or not config.use_cudagraphs:
+    if device != "cuda" or config.use_cudagraphs is False:
         return ()
     step = config.cudagraph_step
     largest = min(config.cudagraph_max_size, round_up(max_seqs, step))

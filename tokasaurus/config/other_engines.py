@@ -121,6 +121,8 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "num_gpu_blocks_override": Foreign("kv_cache_num_tokens", "tokens, not blocks"),
     "num_gpus": Foreign("tp_size", _GRID),
     "num_scheduler_steps": Foreign("scheduling_steps_ahead", "an upper bound"),
+    "oltp_traces_endpoint": Foreign("otlp_endpoint", "by HTTP"),
+    "otlp_traces_endpoint": Foreign("otlp_endpoint", "by HTTP"),
     "parallel": Foreign("max_seqs_per_forward", _RUNNING),
     "pipeline_parallel_size": Foreign("pp_size"),
     "pp": Foreign("pp_size"),

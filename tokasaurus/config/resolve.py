@@ -22,6 +22,7 @@ from tokasaurus.config.devices import choose_device, device_index
 from tokasaurus.config.dtype import choose_dtype
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.graphs import check_graphs, graph_sizes
+from tokasaurus.config.idle_flags import idle_flags
 from tokasaurus.config.limits import Limits, plan_limits, plan_memory
 from tokasaurus.config.memory import Memory
 from tokasaurus.config.slices import (
@@ -35,6 +36,7 @@ from tokasaurus.config.slices import (
     WorkerConfig,
 )
 from tokasaurus.errors import ConfigError
+from tokasaurus.observability.tracing import traces_url
 from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode, Pooling
 from tokasaurus.protocol.role import Kind
 
@@ -127,6 +129,7 @@ def resolve(
             for replica in range(config.dp_size)
         ),
         dtype_plan=dtype.reason,
+        idle_flags=idle_flags(config, device),
         memory_plan=plan_memory(memory, limits),
         determinism_plan=plan_determinism(config, obstacle),
         stall_timeout_s=config.stall_timeout_s,
@@ -231,6 +234,11 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
                 " files.example.org, without a scheme, port or path"
             )
 
+    if config.otlp_endpoint is not None and traces_url(config.otlp_endpoint) is None:
+        problems.append(
+            f"otlp_endpoint={config.otlp_endpoint}: expected the URL of a collector, such as"
+            " http://127.0.0.1:4318"
+        )
     url = config.statsd_server_url
     if url is not None and _statsd_address(url) is None:
         problems.append(f"statsd_server_url={url}: expected HOST:PORT, such as 127.0.0.1:8125")
@@ -307,6 +315,7 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: Limits) -> ServerCo
         tokenizer_path=config.tokenizer or facts.path,
         trust_remote_code=config.trust_remote_code,
         uvicorn_log_level=config.uvicorn_log_level,
+        otlp_endpoint=config.otlp_endpoint,
         log_level=config.log_level,
         shutdown_timeout_s=config.shutdown_timeout_s,
         restart_timeout_s=config.restart_timeout_s,

@@ -97,6 +97,7 @@ class ServerConfig:
     trust_remote_code: bool
     trust_request_chat_template: bool
     uvicorn_log_level: str
+    otlp_endpoint: str | None  # where traces go; None for no traces
     log_level: str
     shutdown_timeout_s: float  # how long a drain may take
     restart_timeout_s: float  # how long each half of a restart may take
@@ -270,6 +271,7 @@ class EngineSlices:
     server: ServerConfig
     replicas: tuple[ReplicaSlices, ...]  # at least one
     dtype_plan: str  # which dtype and why; a line for the log
+    idle_flags: tuple[str, ...]  # lines for the log, about flags that change nothing here
     memory_plan: MemoryPlan  # of each worker
     determinism_plan: str  # whether results may depend on the batch, and why; a line for --show
     # How long a process that has work may show no progress before it counts as stalled.

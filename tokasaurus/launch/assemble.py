@@ -13,6 +13,7 @@ from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.launch.machine import Devices, devices_here
 from tokasaurus.launch.memory_table import memory_table
 from tokasaurus.launch.model_files import find_model, find_model_here, find_tokenizer
+from tokasaurus.launch.tracing import check_tracing
 from tokasaurus.model.facts import model_facts
 
 __all__ = ["assemble", "explain", "show_memory"]
@@ -31,6 +32,7 @@ def assemble(config: EngineConfig, devices: Devices | None = None) -> EngineSlic
         ConfigError: flags contradict one another, the model or the machine.
         ModelError: the model cannot be found, or its architecture is unknown.
     """
+    check_tracing(config)
     return _resolve(config, find_model(config.model), devices)
 
 
@@ -43,7 +45,8 @@ def explain(config: EngineConfig) -> list[str]:
         slices = _resolve(config, model)
     except (ConfigError, ModelError) as error:
         return [f"error: {line}" for line in str(error).splitlines()]
-    return [slices.dtype_plan, slices.memory_plan.line, slices.determinism_plan]
+    plans = [slices.dtype_plan, slices.memory_plan.line, slices.determinism_plan]
+    return [*plans, *slices.idle_flags]
 
 
 def show_memory(config: EngineConfig) -> str:

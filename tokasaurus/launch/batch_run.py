@@ -24,6 +24,7 @@ from tokasaurus.launch.launching import placed
 from tokasaurus.launch.lifeline import Assignment, Done, Lifeline
 from tokasaurus.launch.supervisor import Supervisor
 from tokasaurus.launch.text_process import TextProcess
+from tokasaurus.launch.tracing import close_tracing
 from tokasaurus.launch.unused_flags import unused_flags
 from tokasaurus.protocol.messages import MAX_PRIORITY
 from tokasaurus.server.operations.executor import Executor
@@ -185,6 +186,7 @@ class _Front(TextProcess):
         await asyncio.wait(tasks)
         for task in ended - {stopped}:
             task.result()  # raises what ended it
+        await close_tracing(self.state.tracing)
         self.unwatch()
         self.lifeline.send(Done())
         return batch

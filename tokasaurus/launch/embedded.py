@@ -73,6 +73,8 @@ class EmbeddedEngine(ProgramEngine):
         (replica,) = slices.replicas
         self.config = config = slices.server
         tokenizer = Tokenizer.load(config)
+        for line in slices.idle_flags:
+            log.warning("%s", line)
         log.info("%s", slices.dtype_plan)
         log.info("%s", slices.memory_plan.line)
         # Without an end-of-sequence id no text is ever complete, and the preparer refuses grammars.

@@ -211,6 +211,8 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     log.info("%s", assignment.slices.dtype_plan)
     log.info("%s", assignment.slices.memory_plan.line)
     slices = assignment.slices
+    for line in slices.idle_flags if role == Role("worker") else ():
+        log.warning("%s", line)
     config = with_threads(slices.replicas[role.replica].workers[role.rank], slices)
     worker = Worker(
         config,

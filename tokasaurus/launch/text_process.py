@@ -23,6 +23,7 @@ from tokasaurus.launch.lifeline import (
     Stop,
 )
 from tokasaurus.launch.text_core import TextCore
+from tokasaurus.launch.tracing import open_tracing
 from tokasaurus.protocol.channels import AsyncReceiver
 from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.messages import ToServer, WorkerStall
@@ -52,7 +53,9 @@ class TextProcess:
         self, assignment: Assignment, lifeline: Lifeline, state: EngineState | None = None
     ) -> None:
         self.config = assignment.slices.server
-        self.state = EngineState() if state is None else state
+        if state is None:
+            state = EngineState(open_tracing(self.config, assignment.role))
+        self.state = state
         self.lifeline = lifeline
         self._doors = _AsyncDoors()
         self.core = TextCore(assignment, lifeline, self._doors)

@@ -50,10 +50,13 @@ _OF_HTTP = (
 # Lines of a batch have such bodies, too.
 _OF_BODIES = ("tool_call_parser", "reasoning_parser", "trust_request_chat_template")
 
+# Only processes of toka and toka-batch make traces.
+_OF_PROGRAMS = ("otlp_endpoint",)
+
 _UNUSED: Mapping[Front, frozenset[str]] = {
-    "AsyncLLM": frozenset(_OF_A_PORT),
+    "AsyncLLM": frozenset(_OF_A_PORT + _OF_PROGRAMS),
     "toka-batch": frozenset(_OF_A_PORT + _OF_HTTP),
-    "LLM": frozenset(_OF_A_PORT + _OF_HTTP + _OF_BODIES),
+    "LLM": frozenset(_OF_A_PORT + _OF_HTTP + _OF_BODIES + _OF_PROGRAMS),
 }
 
 

@@ -43,7 +43,7 @@ import msgspec
 import numpy as np
 
 from tokasaurus.planner.curve import Curve
-from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, Float64Array, Int32Array
 from tokasaurus.protocol.messages import Sampling
 
 __all__ = [
@@ -161,12 +161,17 @@ class AttentionCosts(_Costs, frozen=True, kw_only=True):
             raise ValueError(f"block_rows={self.block_rows}: expected a number of at least 1")
 
     def batch_s(self, work: BatchWork) -> float:
-        """The seconds of a batch's attention, in all layers."""
+        """The seconds of a batch's attention, in all layers. Groups that save none are not used."""
+        seconds = self.alone_s(work)
+        if len(work.groups.num_tokens):
+            seconds -= float(np.maximum(self.saved_s(work), 0.0).sum())
+        return seconds
+
+    def alone_s(self, work: BatchWork) -> float:
+        """The seconds of a batch's attention if each sequence reads for itself."""
         seconds = self.position_s * work.num_decode_positions
         if len(work.chunk_lengths):
             seconds += self._chunks_s(work)
-        if len(work.groups.num_tokens):
-            seconds -= self._saved_s(work)
         return seconds
 
     def _chunks_s(self, work: BatchWork) -> float:
@@ -177,7 +182,8 @@ class AttentionCosts(_Costs, frozen=True, kw_only=True):
         positions = blocks * (ends - (rows - rows / blocks) / 2)
         return float(self.pair_s * pairs.sum() + self.layout_s * positions.sum())
 
-    def _saved_s(self, work: BatchWork) -> float:
+    def saved_s(self, work: BatchWork) -> Float64Array:
+        """[groups] the seconds that each group saves if it is used, which may be negative."""
         groups = work.groups
         # In the chunks before each: rows, and blocks of rows.
         before = np.zeros((2, len(work.chunk_lengths) + 1))
@@ -187,12 +193,12 @@ class AttentionCosts(_Costs, frozen=True, kw_only=True):
         chunk_rows, chunk_blocks = before[:, last] - before[:, groups.first_chunks]
         num_rows = groups.num_decodes + chunk_rows
         blocks = np.ceil(num_rows / self.block_rows)
-        saved = groups.num_tokens * (
+        saved: Float64Array = groups.num_tokens * (
             (self.position_s - self.pair_s) * groups.num_decodes
             + self.layout_s * (chunk_blocks - blocks)
         )
         saved -= self.state_s * num_rows + self.group_s
-        return float(np.maximum(saved, 0.0).sum())
+        return saved
 
 
 class DrawCosts(_Costs, frozen=True, kw_only=True):

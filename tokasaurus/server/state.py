@@ -19,6 +19,7 @@ from typing import Any
 
 from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.errors import EngineDead, EngineNotReady
+from tokasaurus.observability.tracing import Tracing
 from tokasaurus.protocol.messages import Statistics
 from tokasaurus.server.history import History
 from tokasaurus.server.metrics import Figure, Metrics, figures, limit_figures, store_figures
@@ -53,9 +54,14 @@ class EngineState:
         metrics: for monitoring.
         history: of the last minutes; its owner takes the samples.
         is_retiring: another engine serves, and this one only finishes what it has.
+        tracing: as given.
+
+    Args:
+        tracing: makes traces of requests; None if there are none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tracing: Tracing | None = None) -> None:
+        self.tracing = tracing
         self._status = "loading"
         self._engine: Engine | None = None
         self._reason = ""

@@ -13,7 +13,9 @@ import msgspec
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import LaunchError
 from tokasaurus.launch.machine import Devices, devices_here
+from tokasaurus.model.instruction_sets import processor_name
 from tokasaurus.planner.devices import Device, Figure
+from tokasaurus.tuning.trial_process import environment
 
 __all__ = ["Here", "look_here"]
 
@@ -23,7 +25,6 @@ _HOW = "toka-bench roofline"
 class _Rates(msgspec.Struct):
     """What the benchmark prints."""
 
-    device: str
     matrix_gflop_per_s: dict[str, float]
     memory_gb_per_s: float
 
@@ -71,7 +72,7 @@ def look_here(config: EngineConfig) -> Here:
         figures["link_gb_per_s"] = Figure(value=25, estimate="PCIe")
         figures["link_us"] = Figure(value=30, estimate="a small all-reduce of NCCL over PCIe")
     return Here(
-        device=Device("here", rates.device, kind, figures),
+        device=Device("here", _name(kind), kind, figures),
         num_devices=max(devices.num_cuda_devices, 1),
         num_cores=len(os.sched_getaffinity(0)),
     )
@@ -83,11 +84,19 @@ def _dtypes(kind: str, devices: Devices) -> str:
     return "float32,bfloat16"
 
 
+def _name(kind: str) -> str:
+    if kind == "cpu":
+        return processor_name()
+    question = "import torch; print(torch.cuda.get_device_name())"
+    asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
+    return asked.stdout.strip()
+
+
 def _measure(kind: str, dtypes: str) -> _Rates:
     """Runs the benchmark in a process of its own, which takes its memory with it."""
     words = [f"dtypes={dtypes}", f"device={kind}", "rounds=3"]
     command = [sys.executable, "-m", "tokasaurus.bench.main", "roofline", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if done.returncode:
         raise LaunchError(f"{' '.join(command)} failed: {done.stderr.strip()}")
     return msgspec.json.decode(done.stdout.splitlines()[-1], type=_Rates)

@@ -21,7 +21,7 @@ import msgspec
 import tokasaurus
 from tokasaurus.tuning.trial import Task
 
-__all__ = ["Measured", "run_trial"]
+__all__ = ["Measured", "environment", "run_trial"]
 
 _END_S = 5.0  # that a process which has answered everything may take to end
 _TAIL_LINES = 4
@@ -92,13 +92,12 @@ def _process(log: Any) -> Iterator[subprocess.Popen[bytes]]:
     It has a session of its own, so that Ctrl-C reaches its owner alone. If the owner is killed,
     the process sees the end of its input.
     """
-    environment = {**os.environ, "PYTHONPATH": _path()}
     process = subprocess.Popen(
         [sys.executable, "-m", "tokasaurus.tuning.trial"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
-        env=environment,
+        env=environment(),
         start_new_session=True,
     )
     try:
@@ -157,7 +156,8 @@ def _reason(process: subprocess.Popen[bytes], log: Any) -> str:
     return f"ended with status {status}: {' | '.join(tail)}"
 
 
-def _path() -> str:
-    """The engine may run from a checkout."""
+def environment() -> dict[str, str]:
+    """Of a program of ours: the engine may run from a checkout."""
     here = str(Path(tokasaurus.__file__).parent.parent)
-    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path}

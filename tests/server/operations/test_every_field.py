@@ -117,7 +117,7 @@ def observe(
 
 def _sent(request: Any) -> dict[str, Any]:
     fields = {name: getattr(request, name) for name in request.__struct_fields__}
-    del fields["request_id"]
+    del fields["request_id"], fields["name"]  # of this request alone
     if request.pooling:
         del fields["seed"]  # its token is not shown
     return fields | {

@@ -90,8 +90,15 @@ class _TimedRunner:
         self.seconds += time.perf_counter() - started
         return hidden
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
+    def warmed_up(self) -> None:
+        self._runner.warmed_up()
+
+    @property
+    def num_recompiles(self) -> int:
+        return self._runner.num_recompiles
+
+    def addresses_changed(self) -> None:
+        self._runner.addresses_changed()
 
 
 class _TimedHead:

@@ -48,6 +48,8 @@ class Execution:
         streams = task.stream is not None
         request_id = task.request.request_id
         names = (name,) if request_id is None else (name, request_id)
+        if task.trace is not None:
+            task.trace.send(task.prompts, streams=streams)
         for position, prompt in enumerate(task.prompts):
             self._generations.append(
                 table.start(
@@ -56,6 +58,7 @@ class Execution:
                     on_change=partial(self._note, position),
                     client=client,
                     names=(*names, *task.names[position : position + 1]) if name else (),
+                    on_stage=None if task.trace is None else task.trace.reach,
                 )
             )
         self._unfinished = set(range(len(task.prompts)))
@@ -71,6 +74,10 @@ class Execution:
         if self._timer is not None:
             self._timer.cancel()
         self._abort()
+        if self._task.trace is not None:
+            error = next((each for each in raised if isinstance(each, BaseException)), None)
+            error = error or self._interruption
+            self._task.trace.end(self._generations, self._task.writer.answer_id, error)
         self._task.release()
 
     @property

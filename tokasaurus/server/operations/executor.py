@@ -10,9 +10,11 @@ There are three ways in, over the same path:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import msgspec
@@ -23,6 +25,7 @@ from tokasaurus.server.errors import TimeIsUp, error_body, error_status
 from tokasaurus.server.operations.execution import Execution
 from tokasaurus.server.operations.heavy_work import MANY_CHARACTERS, in_thread_if
 from tokasaurus.server.operations.operation import Operation, Task
+from tokasaurus.server.operations.request_trace import RequestTrace, begin_trace
 from tokasaurus.server.operations.schemas import EngineRequest
 from tokasaurus.server.state import Engine, EngineState
 from tokasaurus.text.cartridges import FIELD as CARTRIDGES
@@ -59,6 +62,7 @@ class Executor:
         max_priority: int,
         name: str = "",
         waiting: Waiting | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> Execution:
         """Starts a client's request, if the engine has room for it.
 
@@ -69,17 +73,21 @@ class Executor:
             max_priority: by how much the request may outrank the default priority.
             name: of the request, by which it may be aborted.
             waiting: waits for the request's cartridges, and may give up.
+            headers: ``traceparent`` and ``tracestate``, if the client's trace goes on here.
 
         Raises:
             RequestError: the request is wrong; names the field.
             EngineError: the engine cannot serve, or has no room.
         """
         engine = self._state.engine()
-        request = _read(operation, body, max_priority, engine)
-        client = share(request.user)
-        # Asked before the prompts are tokenized, so that a flood of refusals is cheap.
-        engine.generations.check_room(client)
-        task = await self._prepared(operation, request, engine, client, waiting)
+        trace = self._begin_trace(operation, body, engine, headers)
+        with _ending(trace):
+            request = _read(operation, body, max_priority, engine)
+            client = share(request.user)
+            # Asked before the prompts are tokenized, so that a flood of refusals is cheap.
+            engine.generations.check_room(client)
+            task = await self._prepared(operation, request, engine, client, waiting)
+            task = _traced(task, trace)
         try:
             # Asked again: meanwhile the engine may have died, and other requests may have come.
             table = self._state.engine().generations
@@ -109,8 +117,10 @@ class Executor:
             EngineError: the engine cannot serve.
         """
         engine = self._state.engine()
-        request = _read(operation, body, max_priority, engine)
-        return await self._prepared(operation, request, engine, "")
+        trace = self._begin_trace(operation, body, engine, {})
+        with _ending(trace):
+            request = _read(operation, body, max_priority, engine)
+            return _traced(await self._prepared(operation, request, engine, ""), trace)
 
     def start(self, task: Task, client: str | None = None) -> Execution:
         """Sends the prompts to the engine. The task is released with its execution.
@@ -169,6 +179,12 @@ class Executor:
                 log.exception("a request to %s failed", path)
             return status, msgspec.json.encode(error_body(error))
 
+    def _begin_trace(
+        self, operation: Operation, body: Any, engine: Engine, headers: Mapping[str, str]
+    ) -> RequestTrace | None:
+        model = engine.preparer.config.model_name
+        return begin_trace(self._state.tracing, operation.kind, body, model, headers)
+
     async def _prepared(
         self,
         operation: Operation,
@@ -200,6 +216,21 @@ class Executor:
                 return await asyncio.wait_for(acquiring, limit_s)
             except asyncio.TimeoutError:
                 raise TimeIsUp(limit_s or 0.0) from None
+
+
+@contextlib.contextmanager
+def _ending(trace: RequestTrace | None) -> Iterator[None]:
+    """Ends a trace with the error that the block raises."""
+    try:
+        yield
+    except BaseException as error:
+        if trace is not None:
+            trace.end(error=error)
+        raise
+
+
+def _traced(task: Task, trace: RequestTrace | None) -> Task:
+    return task if trace is None else dataclasses.replace(task, trace=trace)
 
 
 def _read(operation: Operation, body: Any, max_priority: int, engine: Engine) -> EngineRequest:

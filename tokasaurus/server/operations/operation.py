@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tokasaurus.errors import RequestError
+from tokasaurus.server.operations.request_trace import RequestTrace
 from tokasaurus.server.operations.schemas import EngineRequest, parse
 from tokasaurus.server.operations.writer import AnswerWriter, StreamWriter
 from tokasaurus.text.cartridges import Lease
@@ -31,6 +32,7 @@ class Task:
         names: the client's names for the prompts, one for each; empty if it gave none.
         lease: of the cartridges before the prompts; None if there are none. It is released when
             the task has run, or will not.
+        trace: of the request; None if it has none.
     """
 
     request: EngineRequest
@@ -39,11 +41,14 @@ class Task:
     stream: StreamWriter | None = None
     names: Sequence[str] = ()
     lease: Lease | None = None
+    trace: RequestTrace | None = None
 
     def release(self) -> None:
         """The task has run, or will not. Harmless if called again."""
         if self.lease is not None:
             self.lease.release()
+        if self.trace is not None:
+            self.trace.end()
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Operation:
 
     Args:
         path: of its route; the lines of a batch name it too.
+        kind: what OpenTelemetry's conventions call it.
         schema: of its JSON.
         num_characters: about how many characters a request brings to tokenize. A request with many
             is prepared in a thread.
@@ -61,6 +67,7 @@ class Operation:
     """
 
     path: str
+    kind: Literal["chat", "text_completion", "embeddings"]
     schema: type[EngineRequest]
     num_characters: Callable[[Any], float]
     prepare: Callable[[Any, Preparer], Task]

@@ -28,7 +28,13 @@ def event(body: Mapping[str, Any]) -> bytes:
 
 
 class AnswerWriter(ABC):
-    """Writes the answer to one request when its generations have finished."""
+    """Writes the answer to one request when its generations have finished.
+
+    Attributes:
+        answer_id: the id of the answer; "" if it has none.
+    """
+
+    answer_id = ""
 
     @abstractmethod
     def takes_long(self, generations: Sequence[Generation]) -> bool:

@@ -50,8 +50,9 @@ class ChoicesWriter(StreamWriter):
         self._packs_logprobs = bool(request.logprobs_in_fingerprint)
         self._num_streamed_tokens = 0
         self._begun: set[int] = set()  # choices that have had a chunk
+        self.answer_id = request.answer_id(f"{self.id_prefix}-")
         self._head = {
-            "id": request.answer_id(f"{self.id_prefix}-"),
+            "id": self.answer_id,
             "created": int(time.time()),
             "model": model if request.model is None else request.model,
             **request.echoed(),

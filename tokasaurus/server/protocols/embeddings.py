@@ -162,4 +162,4 @@ def _num_characters(request: EmbeddingRequest) -> int:
     return sum(map(len, read_prompts("input", request.input)))
 
 
-EMBEDDINGS = Operation("/v1/embeddings", EmbeddingRequest, _num_characters, _prepare)
+EMBEDDINGS = Operation("/v1/embeddings", "embeddings", EmbeddingRequest, _num_characters, _prepare)

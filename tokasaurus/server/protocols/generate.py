@@ -29,5 +29,10 @@ def _num_characters(request: NativeRequest | SglangRequest) -> int:
 
 
 GENERATE = Operation(
-    "/generate", NativeRequest, _num_characters, _prepare, alternatives=(SglangRequest,)
+    "/generate",
+    "text_completion",
+    NativeRequest,
+    _num_characters,
+    _prepare,
+    alternatives=(SglangRequest,),
 )

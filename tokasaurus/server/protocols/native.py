@@ -92,8 +92,9 @@ class NativeWriter(StreamWriter):
         self._request = request
         self._num_streamed_tokens = 0
         self._has_begun = False
+        self.answer_id = request.answer_id("gen-")
         self._head = {
-            "id": request.answer_id("gen-"),
+            "id": self.answer_id,
             "created": int(time.time()),
             "model": model if request.model is None else request.model,
             **request.echoed(),

@@ -14,6 +14,7 @@ from tokasaurus.server.http.direct import Handler
 from tokasaurus.server.http.disconnects import until_disconnect, watched
 from tokasaurus.server.http.event_stream import EventStream
 from tokasaurus.server.http.request_ids import REQUEST_ID
+from tokasaurus.server.http.trace_context import trace_headers
 from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.operations.operation import Operation
 from tokasaurus.server.operations.schemas import body_reference
@@ -77,7 +78,10 @@ class Endpoints:
         share, limit = partial(share_of, request.scope), max_priority_of(request.scope)
         name = request.scope.get(REQUEST_ID, "")
         waiting = partial(until_disconnect, request.receive)
-        execution = await self._executor.execute(operation, body, share, limit, name, waiting)
+        headers = trace_headers(request.scope)
+        execution = await self._executor.execute(
+            operation, body, share, limit, name, waiting, headers
+        )
         events = execution.events()
         if events is not None:
             return EventStream(events, execution)

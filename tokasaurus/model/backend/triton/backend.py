@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,10 +35,10 @@ from tokasaurus.model.backend.grouping import (
 )
 from tokasaurus.model.backend.multiprocessors import num_multiprocessors
 from tokasaurus.model.backend.triton.device_plan import DevicePlan, plan_decodes, send_plan
+from tokasaurus.model.backend.triton.heads import TritonHeads
 from tokasaurus.model.backend.triton.planning import Tiles, most_partials, plan_tasks
 from tokasaurus.model.backend.triton.shapes import AttentionShape
 from tokasaurus.model.kv_cache import KVCache
-from tokasaurus.model.upload import Staging
 from tokasaurus.rounding import ceil_div
 
 __all__ = ["TritonAttention", "TritonBackend", "is_interpreted"]
@@ -123,6 +122,8 @@ class TritonBackend:
     def plan(self, rows: SequenceRows) -> TritonAttention:
         groups = choose_groups(rows, self._cache.page_size, 1, self._costs)
         self.grouped_rows = groups.grouped_rows(rows)
+        if 0 < len(rows.slots) == rows.num_decodes and not len(groups.first_rows):
+            return self.attention_of_decodes(*rows.decodes_on_device(), rows.page_table)
         plan = send_plan(plan_tasks(rows, groups, self._tiles), rows.page_table.device)
         return TritonAttention(self._cache, self._shape, plan, rows.page_table)
 
@@ -166,13 +167,12 @@ class TritonGraphPlan:
     def fill(self, rows: SequenceRows | None) -> bool:
         if rows is not None and not self._backend.plan_in_graph(rows):
             return False
-        whole = np.zeros(self._rows.shape, np.int32)
+        num_rows = 0
+        slots, lengths = self._rows
         if rows is not None:
-            whole[:, : len(rows.slots)] = rows.slots, rows.kv_lengths
-        staging = Staging(self._rows.device)
-        staged = staging.add(whole)
-        staging.send()
-        self._rows.copy_(staged.tensor)
+            num_rows = rows.num_decodes
+            slots[:num_rows], lengths[:num_rows] = rows.decodes_on_device()
+        lengths[num_rows:] = 0
         return True
 
 
@@ -195,6 +195,7 @@ class TritonAttention:
         self._kernels = attention_kernels
         self._cache, self._shape, self._page_table = cache, shape, page_table
         self._plan = plan
+        self._heads = TritonHeads(cache, shape, page_table, plan.row_slots, plan.row_positions)
         self._launches = [
             (block, tasks)
             for block, tasks in zip(shape.blocks, (plan.few_tasks, plan.many_tasks), strict=True)
@@ -208,48 +209,14 @@ class TritonAttention:
     def attend(
         self, layer: int, heads: Tensor, rotation: Rotation, norms: HeadNorms | None
     ) -> Tensor:
-        num_rows = len(heads)
-        query = heads.new_empty((num_rows, self._shape.num_heads, self._shape.head_dim))
+        query = self._heads.store(layer, heads, rotation, norms)
         output = torch.empty_like(query)
-        if num_rows:
-            self._prepare(layer, heads, rotation, norms, query)
+        if len(heads):
             for block, tasks in self._launches:
                 self._attend(layer, query, output, block, tasks)
             if len(self._plan.merged_rows):
                 self._merge(output)
         return output.flatten(1)
-
-    def _prepare(
-        self,
-        layer: int,
-        heads: Tensor,
-        rotation: Rotation,
-        norms: HeadNorms | None,
-        query: Tensor,
-    ) -> None:
-        cache, shape, num_rows = self._cache, self._shape, len(heads)
-        if heads.stride()[1:] != (shape.head_dim, 1):
-            heads = heads.contiguous()
-        query_norm, key_norm, eps = (heads, heads, 0.0) if norms is None else norms
-        self._kernels.prepare_heads[shape.num_preparing(num_rows),](
-            heads,
-            rotation.cos.contiguous(),
-            rotation.sin.contiguous(),
-            query_norm,
-            key_norm,
-            query,
-            cache.keys[layer],
-            cache.values[layer],
-            self._page_table,
-            self._plan.row_slots,
-            self._plan.row_positions,
-            num_rows,
-            heads.stride(0),
-            self._page_table.stride(0),
-            eps,
-            HAS_NORMS=norms is not None,
-            **shape.preparing,
-        )
 
     def _attend(self, layer: int, query: Tensor, output: Tensor, block: int, tasks: Tensor) -> None:
         cache, shape, plan = self._cache, self._shape, self._plan

@@ -39,4 +39,4 @@ def _num_characters(request: ChatRequest) -> float:
     return size + request.num_bad_word_characters
 
 
-CHAT = Operation("/v1/chat/completions", ChatRequest, _num_characters, _prepare)
+CHAT = Operation("/v1/chat/completions", "chat", ChatRequest, _num_characters, _prepare)

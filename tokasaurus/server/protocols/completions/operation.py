@@ -38,4 +38,6 @@ def _num_characters(request: CompletionRequest) -> int:
     return sum(map(len, prompts)) + len(prompts) * request.num_bad_word_characters
 
 
-COMPLETIONS = Operation("/v1/completions", CompletionRequest, _num_characters, _prepare)
+COMPLETIONS = Operation(
+    "/v1/completions", "text_completion", CompletionRequest, _num_characters, _prepare
+)

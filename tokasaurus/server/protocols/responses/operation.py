@@ -96,4 +96,4 @@ def _num_characters(request: ResponsesRequest) -> float:
     return size + request.num_bad_word_characters
 
 
-RESPONSES = Operation("/v1/responses", ResponsesRequest, _num_characters, _prepare)
+RESPONSES = Operation("/v1/responses", "chat", ResponsesRequest, _num_characters, _prepare)

@@ -183,6 +183,7 @@ class ResponsesWriter(StreamWriter):
         with_logprobs: bool,
     ) -> None:
         self._head = head
+        self.answer_id = str(head["id"])
         self._tokenizer = tokenizer
         self._parser = parser
         self._with_logprobs = with_logprobs

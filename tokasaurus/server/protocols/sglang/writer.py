@@ -74,6 +74,7 @@ class SglangWriter(StreamWriter):
         if isinstance(rid, str) and count > 1:
             rid = [f"{rid}_{position}" for position in range(count)]
         self.ids = [rid] if isinstance(rid, str) else rid
+        self.answer_id = self.ids[0] if self.ids else ""
         if len(self.ids) != count:
             raise RequestError(f"rid has {len(self.ids)} entries for {count} prompts", "rid")
         self._is_single = request.is_single and prepared[0].params.n == 1

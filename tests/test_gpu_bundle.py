@@ -1,0 +1,37 @@
+"""The parts of ``make gpu-bundle`` that need no network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from gpu_bundle import MOST_BYTES, PRESENT, install_script, make_stub, too_large
+
+
+def test_an_empty_wheel_stands_for_what_the_machine_has(tmp_path):
+    """pip takes it for the package, and installs nothing but its name."""
+    for name, version in PRESENT.items():
+        make_stub(tmp_path, name, f"{version}+present")
+    target = tmp_path / "target"
+    requirements = [f"{name}>={version}" for name, version in PRESENT.items()]
+    options = ["--disable-pip-version-check", "--no-index", "--find-links", str(tmp_path)]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *options, "--target", str(target)]
+    subprocess.run([*command, *requirements], check=True)
+    assert {path.name for path in target.iterdir()} == {
+        f"{name}-{version}+present.dist-info" for name, version in PRESENT.items()
+    }
+
+
+def test_wheels_that_take_too_much_are_refused():
+    assert too_large(MOST_BYTES) is None
+    assert "take 60.5 MiB, and a bundle has at most 60" in too_large(MOST_BYTES + (1 << 19))
+
+
+def test_the_script_installs_flashinfer_without_what_it_asks_for(tmp_path):
+    script = tmp_path / "install.sh"
+    script.write_text(install_script())
+    assert "--no-deps flashinfer-python==" in script.read_text()
+    subprocess.run(["sh", "-n", str(script)], check=True)
+    missing = subprocess.run(["sh", str(script)], capture_output=True, text=True)
+    assert missing.returncode != 0
+    assert "name the python to install for" in missing.stderr
