@@ -19,11 +19,12 @@
 #   make test-browser  install Playwright and try the page in a headless Chromium; makes its pictures
 #   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
 #   make test-monitoring  run the dashboard's and the alerts' queries on a Prometheus
+#   make test-systemd  run the unit under a systemd in namespaces of its own, as root
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make docs          build the documentation as a site, in site/, and check its links
 #   make check         check formatting, lint, import contracts, types
 #   make bench         measure the CPU time of the manager     make bench ARGS='mix=full quick=T'
-#   make gpu-check     check that a CUDA device computes what the CPU computes
+#   make gpu-check     check that a GPU computes what the CPU computes, and how fast it serves
 #   make gpu-bundle    collect in gpu-bundle/ what a GPU machine without a network lacks
 #   make dist          build the wheel and the sdist in dist/
 #   make install       make .venv with the package (editable) and everything that the targets need
@@ -45,14 +46,14 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
 
 # Tests that need no more than `make install` installs. The others have targets of their own.
 INSTALLED := not ray and not s3 and not verl and not clients and not triton and not browser \
-                 and not prometheus and not traces
+                 and not prometheus and not systemd and not traces
 
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
-        test-chaos test-restart test-ray test-verl test-clients test-sources test-traces test-cuda test-browser test-deploy \
-        test-monitoring test-pythons docs bench gpu-check gpu-bundle dist clean
+        test-chaos test-restart test-ray test-verl test-clients test-sources test-traces test-cuda test-browser \
+        test-deploy test-monitoring test-systemd test-pythons docs bench gpu-check gpu-bundle dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -218,6 +219,11 @@ test-deploy:
 test-monitoring: install
 	@echo "==> pytest, queries on a Prometheus"
 	@$(BIN)/pytest -m prometheus tests/monitoring $(ARGS)
+
+# Linux, root and systemd. The unit runs in namespaces of its own, and leaves nothing behind.
+test-systemd: install
+	@echo "==> pytest, the unit under systemd"
+	@$(BIN)/pytest -m systemd tests/systemd $(ARGS)
 
 # The packages of the extra `docs`, without the engine and what it needs; and CommonMark, to compare.
 docs:

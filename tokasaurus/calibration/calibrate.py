@@ -73,7 +73,7 @@ def calibrate(
         progress: takes a line now and then.
 
     Raises:
-        ConfigError: the replica has several workers.
+        ConfigError: the replica has several workers, or limits that leave nothing to measure.
         ModelError: the model cannot be served.
     """
     if len(replica.workers) > 1:
@@ -85,6 +85,12 @@ def calibrate(
     limits = _limits(config)
     by_rows, by_context = row_cases(limits), attention_cases(limits)
     by_draw, unseen = draw_cases(limits), held_out_cases(limits)
+    if not by_context or not unseen:
+        raise ConfigError(
+            "batches of this engine are too small to measure what context costs: raise"
+            " max_tokens_per_forward, max_seqs_per_forward, max_num_tokens_per_request or"
+            " kv_cache_num_tokens"
+        )
     cases = {*by_rows, *by_draw.values(), *unseen}
     cases.update(case for pair in by_context for case in pair)
     seconds = _measure(config, limits, cases, rounds, progress)

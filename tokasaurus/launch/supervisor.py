@@ -204,6 +204,18 @@ class Supervisor:
         self._watcher.join()
         self._clean_up()
 
+    def pid(self, role: Role) -> int:
+        """The process id of a role that lives in a process of its own on this machine.
+
+        Raises:
+            LaunchError: there is none.
+        """
+        for member in list(self._members):
+            process = member.process
+            if member.role == role and process is not None and process.pid is not None:
+                return process.pid
+        raise LaunchError(f"the {role} has no process on this machine")
+
     @property
     def failure(self) -> Failed | None:
         """Why the engine has ended by itself; None if it has not."""
