@@ -14,8 +14,8 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 
-from tokasaurus.bench.loads import Rates, bound_s
 from tokasaurus.bench.peers.checkpoint import SHAPES
+from tokasaurus.bench.peers.loads import Rates, bound_s
 from tokasaurus.bench.peers.workloads import Request
 from tokasaurus.model.backend.cpu.compiled import CompiledAttention
 from tokasaurus.model.backend.cpu.sampling import CompiledSampling

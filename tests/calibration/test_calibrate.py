@@ -152,10 +152,11 @@ def test_a_prediction_is_wrong_by_a_share_of_the_median_run():
         seconds=[2.0, 4.0, 5.0],
         predicted_s=3.0,
         error=0.2,
+        other_work=0.0,
         date="2026-01-01",
     )
     assert each.wrong == -0.25
-    assert each.row()[2:] == ("25 (20 to 50)", "33", "20%", "-25.0%")
+    assert each.row()[2:] == ("25 (20 to 50)", "33", "20%", "-25.0%", "0%")
     assert each.point().predicted_range == pytest.approx((100 / 3.6, 100 / 2.4))
     assert np.isfinite(each.point().measured)
 

@@ -67,6 +67,7 @@ def run(config: CalibrateConfig) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "rounds": config.rounds,
         "spread": round(result.spread, 4),
+        "other_work": round(result.other_work, 4),
     }
     write_cost(config.out, CostFile(about, result.cost))
     print_held_out(result)
@@ -106,4 +107,4 @@ def print_held_out(result: Calibration) -> None:
         for each in result.held_out
     ]
     print(table(("batch that was not fitted to", "ms", "predicted", "wrong by"), rows))
-    print(f"error: {result.cost.error:.0%}")
+    print(f"error: {result.cost.error:.0%}; other work: {result.other_work:.0%} of the cores")

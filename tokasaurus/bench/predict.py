@@ -9,7 +9,8 @@ process of its own runs the workloads of ``toka-bench peers``, and a replay of t
 predicts how long that takes: the real manager plans for a device that the cost model describes. The
 time of the manager's turns is measured in the replay. Nothing is fitted to the runs.
 
-Needs a machine that does nothing else. The model has random weights, so nothing is downloaded.
+Needs a machine that does nothing else: runs, and rounds of the calibration, are repeated if other
+work took more than 5% of the cores. The model has random weights, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from tokasaurus.bench.calibrate import calibrated, print_held_out
+from tokasaurus.bench.cpu_time import process_cpu_s
 from tokasaurus.bench.flags import scale
 from tokasaurus.bench.machine import machine
 from tokasaurus.bench.output import markdown_table, print_json, progress
@@ -41,6 +43,7 @@ from tokasaurus.bench.peers.processes import EngineProcess
 from tokasaurus.bench.peers.workloads import WORKLOADS, Request, Workload
 from tokasaurus.bench.plot import check_plot
 from tokasaurus.bench.predictions_plot import Point, write_predictions_plot
+from tokasaurus.calibration.other_work import OtherWork, undisturbed
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.errors import ConfigError
@@ -48,6 +51,9 @@ from tokasaurus.planner.cost_model import CostModel
 from tokasaurus.planner.replay import Timing, replay
 from tokasaurus.planner.trace import TraceRequest, generate_request
 from tokasaurus.protocol.messages import GenerateRequest
+
+if TYPE_CHECKING:
+    from tokasaurus.calibration.calibrate import Calibration
 
 __all__ = ["SCHEMA", "PredictConfig", "Prediction", "predict_s", "run"]
 
@@ -116,6 +122,7 @@ class Prediction:
         seconds: of each repetition.
         predicted_s: of one.
         error: of the cost model, as a share.
+        other_work: the share of the cores that went to other work meanwhile, at most.
     """
 
     dtype: str
@@ -126,6 +133,7 @@ class Prediction:
     seconds: list[float]
     predicted_s: float
     error: float
+    other_work: float
     date: str
     machine: dict[str, Any] = field(default_factory=machine)
 
@@ -149,6 +157,7 @@ class Prediction:
             f"{self.tokens / self.predicted_s:,.0f}",
             f"{self.error:.0%}",
             f"{self.wrong:+.1%}",
+            f"{self.other_work:.0%}",
         )
 
     def point(self) -> Point:
@@ -176,16 +185,24 @@ def run(config: PredictConfig) -> None:
         for dtype in config.dtypes:
             for each in _predictions(config, dtype, checkpoint):
                 found[each.key] = each
-            _write(config.output, list(found.values()))
-    heads = ("workload", "size", "measured tokens/s", "predicted", "error", "time wrong by")
+                _write(config.output, list(found.values()))
+    heads = (
+        "workload",
+        "size",
+        "measured tokens/s",
+        "predicted",
+        "error",
+        "time wrong by",
+        "other work",
+    )
     print(markdown_table(heads, [each.row() for each in found.values()]))
     if config.plot:
         write_predictions_plot(config.plot, [each.point() for each in found.values()])
     print_json({"predictions": [{**asdict(each), "wrong": each.wrong} for each in found.values()]})
 
 
-def _predictions(config: PredictConfig, dtype: str, checkpoint: Path) -> list[Prediction]:
-    """Calibrates in one dtype, then runs and predicts every workload."""
+def _predictions(config: PredictConfig, dtype: str, checkpoint: Path) -> Iterator[Prediction]:
+    """Calibrates in one dtype, then runs and predicts every workload, one after the other."""
     flags = {
         "kv_cache_num_tokens": config.kv_cache_num_tokens,
         "max_seqs_per_forward": _MAX_SEQUENCES,
@@ -203,32 +220,41 @@ def _predictions(config: PredictConfig, dtype: str, checkpoint: Path) -> list[Pr
         "flags": flags,
         "products": False,
     }
-    found = []
     with EngineProcess(sys.executable, settings) as process:
         process.await_ready()
         for name in config.workloads:
-            workload = Workload(name, SHAPES[config.shape].vocab_size, config.size)
-            seconds = []
-            for number in range(config.repetitions):
-                requests = workload.requests()
-                seconds.append(process.run(requests))
-                progress(f"{dtype} {name} {number + 1}/{config.repetitions}: {seconds[-1]:.2f} s")
-            predicted_s = predict_s(engine, calibration.cost, requests)
-            progress(f"{dtype} {name}: {predicted_s:.2f} s were predicted")
-            found.append(
-                Prediction(
-                    dtype=dtype,
-                    workload=name,
-                    size=config.size,
-                    shape=config.shape,
-                    tokens=sum(each.max_tokens * each.n for each in requests),
-                    seconds=seconds,
-                    predicted_s=predicted_s,
-                    error=calibration.cost.error,
-                    date=time.strftime("%Y-%m-%d"),
-                )
-            )
-    return found
+            yield _prediction(config, name, engine, calibration, process)
+
+
+def _prediction(
+    config: PredictConfig,
+    name: str,
+    engine: EngineConfig,
+    calibration: Calibration,
+    process: EngineProcess,
+) -> Prediction:
+    """Runs a workload, and predicts it."""
+    workload = Workload(name, SHAPES[config.shape].vocab_size, config.size)
+    work = OtherWork(partial(process_cpu_s, process.pid))
+    seconds, other_work = undisturbed(
+        lambda: process.run(workload.requests()), config.repetitions, work, progress
+    )
+    requests = workload.requests()
+    predicted_s = predict_s(engine, calibration.cost, requests)
+    runs = ", ".join(f"{each:.2f}" for each in seconds)
+    progress(f"{engine.dtype} {name}: {runs} s, and {predicted_s:.2f} s were predicted")
+    return Prediction(
+        dtype=engine.dtype,
+        workload=name,
+        size=config.size,
+        shape=config.shape,
+        tokens=sum(each.max_tokens * each.n for each in requests),
+        seconds=seconds,
+        predicted_s=predicted_s,
+        error=calibration.cost.error,
+        other_work=max(other_work, calibration.other_work),
+        date=time.strftime("%Y-%m-%d"),
+    )
 
 
 def predict_s(config: EngineConfig, cost: CostModel, requests: Sequence[Request]) -> float:

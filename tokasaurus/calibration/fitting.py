@@ -25,7 +25,7 @@ __all__ = ["CaseSeconds", "fit_attention", "fit_costs", "least_squares"]
 
 @dataclass(frozen=True)
 class CaseSeconds:
-    """Medians over rounds; see ``PartSeconds``.
+    """Lower quartiles over rounds; see ``PartSeconds``.
 
     Attributes:
         spread: half of the range that holds the middle half of the rounds' sums, as a share of
