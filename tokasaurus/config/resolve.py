@@ -150,6 +150,13 @@ def _check_quantization(config: EngineConfig, device: str, dtype: str, problems:
     if config.quantization is None:
         return
     flag = f"quantization={config.quantization}"
+    if config.quantization == "fp8":
+        if device == "cuda" and dtype != "bfloat16":
+            problems.append(
+                f"{flag}: on cuda its results are in bfloat16, and dtype is {dtype}; set"
+                " dtype=bfloat16, or leave one of them out"
+            )
+        return
     if device != "cpu":
         problems.append(
             f"{flag}: only device=cpu has kernels for it, and device={config.device} runs on"
