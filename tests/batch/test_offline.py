@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tokasaurus.batch.lines import answer_line, error_line, parse_line
+from tokasaurus.batch.lines import MAX_LINE_BYTES, answer_line, error_line, parse_line, read_lines
 from tokasaurus.batch.offline import OfflineJob
 from tokasaurus.batch.tables import import_requests, write_parquet
 from tokasaurus.errors import ConfigError
@@ -26,7 +26,7 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 def imported(source: Path) -> list[object]:
     target = source.with_name("imported")
     import_requests(source, target)
-    return [json.loads(line) for line in target.read_bytes().splitlines()]
+    return [json.loads(line) for _, line in read_lines(target)]
 
 
 def test_plain_lines_become_lines_of_a_batch(tmp_path):
@@ -42,7 +42,7 @@ def test_plain_lines_become_lines_of_a_batch(tmp_path):
     source.write_text("\n".join(lines))
     assert imported(source) == [
         LINE,
-        {**LINE, "custom_id": "line-2", "body": {"prompt": "p", "max_tokens": 3}},
+        {**LINE, "custom_id": "line-3", "body": {"prompt": "p", "max_tokens": 3}},
         {
             "custom_id": "mine",
             "method": "POST",
@@ -52,6 +52,21 @@ def test_plain_lines_become_lines_of_a_batch(tmp_path):
         {"neither": 1},
         [1],
     ]
+
+
+def test_lines_have_the_numbers_that_an_editor_shows(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "imported"
+    source.write_text('\n\n{"prompt": "p"}\n\n[1]\n{\n\n{"prompt": "q"}')
+    import_requests(source, target)
+    lines = [
+        parse_line(number, line, None, ["/v1/completions"]) for number, line in read_lines(target)
+    ]
+    assert [line.name for line in lines] == ["line-3", "line-5", "line-6", "line-8"]
+    assert [line.line for line in lines] == [3, 5, 6, 8]
+    with source.open("ab") as file:
+        file.write(b"\n\n" + b"a" * (MAX_LINE_BYTES + 1))
+    with pytest.raises(ConfigError, match="line 10 is too long"):
+        import_requests(source, target)
 
 
 def test_the_error_of_a_line_without_a_request_says_what_a_line_may_be():
@@ -91,12 +106,12 @@ def test_results_are_written_as_parquet(tmp_path):
         answer_line("a", 200, json.dumps(completion).encode()),
         answer_line("b", 200, json.dumps(chat).encode()),
         answer_line("c", 400, b'{"error":{}}'),
-        error_line(None, "code", "message"),
+        error_line("line-4", "code", "message"),
     ]
     (tmp_path / "lines").write_bytes(b"".join(lines))
     write_parquet(tmp_path / "lines", tmp_path / "out.parquet")
     rows = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
-    assert [row["custom_id"] for row in rows] == ["a", "b", "c", None]
+    assert [row["custom_id"] for row in rows] == ["a", "b", "c", "line-4"]
     assert [row["status_code"] for row in rows] == [200, 200, 400, None]
     assert [row["text"] for row in rows] == ["one", "two", None, None]
     assert json.loads(rows[0]["body"]) == completion
@@ -226,7 +241,7 @@ def test_a_run_that_is_interrupted_and_killed_continues(tmp_path, num_lines):
     assert f"{num_lines + 1} lines, 2 with an error" in run.log.read_text()
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
     names = [f"line-{i}" for i in range(1, num_lines + 1)]
-    assert [result["custom_id"] for result in results] == [*names, None]
+    assert [result["custom_id"] for result in results] == [*names, f"line-{num_lines + 1}"]
     for number, result in enumerate(results[:num_lines]):
         if number == 7:
             assert result["response"]["status_code"] == 400

@@ -37,8 +37,8 @@ def test_blocks_have_every_line_once_and_names_of_their_content(tmp_path):
     blocks = list(blocks_of(source, "a.jsonl", OPERATIONS, 4))
     assert [[line.line for line in block.lines] for block in blocks] == [
         [1, 2, 3, 4],
-        [5, 6, 7, 8],
-        [9],
+        [5, 6, 7, 9],  # line 8 is blank
+        [10],
     ]
     assert sum(block.num_bytes for block in blocks) == (tmp_path / "a.jsonl").stat().st_size
     assert blocks[1].lines[3].code == "invalid_json_line"
@@ -46,7 +46,7 @@ def test_blocks_have_every_line_once_and_names_of_their_content(tmp_path):
     assert blocks[2].lines[0].code == "duplicate_custom_id"
     names = [block.name for block in blocks]
     assert names == sorted(names)
-    assert [name[:12] for name in names] == ["a-000000001-", "a-000000005-", "a-000000009-"]
+    assert [name[:12] for name in names] == ["a-000000001-", "a-000000005-", "a-000000010-"]
     again = [block.name for block in blocks_of(source, "a.jsonl", OPERATIONS, 4)]
     assert again == names
     text = (tmp_path / "a.jsonl").read_text().replace("p5", "other")

@@ -123,7 +123,7 @@ def test_a_killed_run_continues_and_answers_as_a_local_run_does(cluster, tmp_pat
     assert [each[1:] for each in found] == [each[1:] for each in locally(tmp_path, together)]
     assert [each[0] for each in results_below(target / "sub", "f03")[5:]] == [
         "line-6",
-        None,
+        "line-7",
         "line-8",
     ]
     assert len(list(target.glob("long-*.jsonl"))) == 2

@@ -111,7 +111,7 @@ class Answering:
 
     async def _answer_one(self, line: Line, priority: int, recorder: Recorder) -> None:
         if isinstance(line, BadLine):
-            data = error_line(line.custom_id, line.code, line.message)
+            data = error_line(line.name, line.code, line.message)
             await recorder.keep(NewAnswer(line.line, data, True))
             return
         request_id = new_id("req")  # in the log and in the answer

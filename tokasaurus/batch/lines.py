@@ -20,6 +20,7 @@ __all__ = [
     "Request",
     "answer_line",
     "error_line",
+    "line_name",
     "lines_in",
     "parse_line",
     "read_lines",
@@ -45,6 +46,11 @@ class Request:
     num_bytes: int
 
     @property
+    def name(self) -> str:
+        """What its result is called."""
+        return self.custom_id
+
+    @property
     def num_samples(self) -> int:
         """About how many samples the body asks for. The body is not validated yet."""
         n, prompt = self.body.get("n"), self.body.get("prompt")
@@ -63,8 +69,22 @@ class BadLine:
     code: str
     message: str
 
+    @property
+    def name(self) -> str:
+        """What its result is called."""
+        return line_name(self.line) if self.custom_id is None else self.custom_id
+
 
 Line: TypeAlias = Request | BadLine
+
+
+def line_name(number: int) -> str:
+    """What the result of a line without a custom_id is called.
+
+    Args:
+        number: of the line, from 1; blank lines count, as they do in an editor.
+    """
+    return f"line-{number}"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
@@ -177,12 +197,12 @@ def answer_line(custom_id: str, status: int, body: bytes, request_id: str | None
     return _result_line(custom_id, response, None)
 
 
-def error_line(custom_id: str | None, code: str, message: str) -> bytes:
+def error_line(custom_id: str, code: str, message: str) -> bytes:
     """The result line of a request that never ran."""
     return _result_line(custom_id, None, {"code": code, "message": message})
 
 
-def _result_line(custom_id: str | None, response: Any, error: Any) -> bytes:
+def _result_line(custom_id: str, response: Any, error: Any) -> bytes:
     line = {
         "id": new_id("batch_req").replace("-", "_"),
         "custom_id": custom_id,

@@ -50,8 +50,8 @@ def write_results(
                 break
             place = answered.get(number)
             if place is None or answers is None:
-                custom_id = parse_line(number, line, None, ()).custom_id
-                errors.write(error_line(custom_id, *unanswered))
+                name = parse_line(number, line, None, ()).name
+                errors.write(error_line(name, *unanswered))
                 failed += 1
                 continue
             answers.seek(place.start)

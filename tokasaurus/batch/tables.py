@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from tokasaurus import untrusted_json
-from tokasaurus.batch.lines import MAX_LINE_BYTES, lines_in
+from tokasaurus.batch.lines import MAX_LINE_BYTES, line_name, lines_in
 from tokasaurus.batch.store import open_private
 from tokasaurus.errors import ConfigError
 
@@ -35,7 +35,7 @@ def is_parquet(path: PurePath) -> bool:
 
 
 def import_requests(source: Path, target: Path) -> None:
-    """Writes every request of a file as a line of a batch.
+    """Writes every request of a file as a line of a batch, with the number that it has there.
 
     What is not a request is copied as it is, and fails when the batch runs.
 
@@ -43,19 +43,23 @@ def import_requests(source: Path, target: Path) -> None:
         ConfigError: the file cannot be read.
     """
     with source.open("rb") as requests, open_private(target, is_new=True) as file:
+        num_written = 0
         for number, line in requests_in(requests, source):
             if line is None:
                 raise ConfigError(
-                    f"{source}: request {number} is too long: a line may have at most"
+                    f"{source}: line {number} is too long: a line may have at most"
                     f" {MAX_LINE_BYTES} bytes"
                 )
-            file.write(line + b"\n")
+            num_blank = number - 1 - num_written
+            file.write(b"\n" * num_blank + line + b"\n")
+            num_written = number
 
 
 def requests_in(file: BinaryIO, path: PurePath) -> Iterator[tuple[int, bytes | None]]:
-    """Yields the number, from 1, of every request of a file, and the request as a batch line.
+    """Yields the number of every request of a file, and the request as a batch line.
 
-    The line is None if it is too long. What is not a request is yielded as it is.
+    The number is that of the line, where blank lines count, or of the row of a table, from 1. The
+    line is None if it is too long. What is not a request is yielded as it is.
 
     Args:
         file: the open file, JSONL or Parquet.
@@ -64,11 +68,12 @@ def requests_in(file: BinaryIO, path: PurePath) -> Iterator[tuple[int, bytes | N
     Raises:
         ConfigError: the file cannot be read.
     """
+    lines: Iterator[tuple[int, bytes | None]]
     if is_parquet(path):
-        lines: Iterator[bytes | None] = _rows_as_lines(file, path)
+        lines = enumerate(_rows_as_lines(file, path), 1)
     else:
-        lines = (line for _, line in lines_in(file))
-    for number, line in enumerate(lines, 1):
+        lines = lines_in(file)
+    for number, line in lines:
         yield number, None if line is None else _as_batch_line(number, line)
 
 
@@ -84,7 +89,7 @@ def _as_batch_line(number: int, line: bytes) -> bytes:
     if url is None:
         return line
     custom_id = fields.pop("custom_id", None)
-    custom_id = f"line-{number}" if custom_id is None else custom_id
+    custom_id = line_name(number) if custom_id is None else custom_id
     wrapped = {"custom_id": custom_id, "method": "POST", "url": url, "body": fields}
     return msgspec.json.encode(wrapped)
 

@@ -64,8 +64,7 @@ def validate(
         errors = (BatchError(each.code, each.message, each.line) for each in bad[:_MAX_ERRORS])
         return _refused(*errors)
     answers = [
-        NewAnswer(each.line, error_line(each.custom_id, each.code, each.message), True)
-        for each in bad
+        NewAnswer(each.line, error_line(each.name, each.code, each.message), True) for each in bad
     ]
     return Verdict(None, RequestCounts(total), answers)
 

@@ -383,8 +383,7 @@ class Supervisor:
             elif isinstance(note, StepDown) and not self._stopping:
                 log.info("another engine serves; finishing what is in flight")
                 self._is_retiring = True
-                store_socket = keeper.successor_socket(note.successor)
-                self._stop_server(Retire(note.timeout_s, store_socket), note.timeout_s)
+                self._stop_server(Retire(note.timeout_s, note.successor), note.timeout_s)
 
     def _on_stop_requested(self) -> None:
         if self._stopping and not self._is_retiring:

@@ -92,7 +92,7 @@ class Cluster:
             self.doors = self.launcher.doors_of(Role("server"))
         for role in roles:
             doors = self.launcher.doors_of(role)
-            self.started[role] = self.launcher.launch(Assignment(role, "", slices, None, doors))
+            self.started[role] = self.launcher.launch(Assignment(role, "", slices, doors=doors))
 
     def lifeline(self, role: Role) -> Lifeline:
         return self.started[role][1]

@@ -352,7 +352,7 @@ def test_a_bad_line_of_a_batch_fails_alone(client):
     data = b"\n".join(
         [
             json.dumps(good[0]).encode(),
-            b"\n  ",  # blank lines do not count
+            b"\n  ",  # blank lines are no requests
             *(each for each, _ in bad),
             *(json.dumps(each).encode() for each, _ in refused),
             *(json.dumps(each).encode() for each in good[1:]),
@@ -367,6 +367,8 @@ def test_a_bad_line_of_a_batch_fails_alone(client):
     errors = content(client, batch.error_file_id)
     assert [each["error"]["code"] for each in errors[:10]] == [code for _, code in bad]
     assert all(each["response"] is None for each in errors[:10])
+    # Without an id of their own they have their numbers, as an editor shows them.
+    assert [each["custom_id"] for each in errors[:5]] == [f"line-{n}" for n in range(4, 9)]
     for each, (asked, param) in zip(errors[10:], refused, strict=True):
         assert each["custom_id"] == asked["custom_id"]
         assert each["error"] is None

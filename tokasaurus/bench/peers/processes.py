@@ -66,6 +66,11 @@ class EngineProcess:
         self._process.communicate()
         self._log.close()
 
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
     def await_ready(self) -> None:
         """Waits until the model is loaded. Raises EngineDead if the process has ended."""
         self.version = self._answer()["version"]

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +39,6 @@ from tokasaurus.model.backend.triton.heads import TritonHeads
 from tokasaurus.model.backend.triton.planning import Tiles, most_partials, plan_tasks
 from tokasaurus.model.backend.triton.shapes import AttentionShape
 from tokasaurus.model.kv_cache import KVCache
-from tokasaurus.model.upload import Staging
 from tokasaurus.rounding import ceil_div
 
 __all__ = ["TritonAttention", "TritonBackend", "is_interpreted"]
@@ -124,6 +122,8 @@ class TritonBackend:
     def plan(self, rows: SequenceRows) -> TritonAttention:
         groups = choose_groups(rows, self._cache.page_size, 1, self._costs)
         self.grouped_rows = groups.grouped_rows(rows)
+        if 0 < len(rows.slots) == rows.num_decodes and not len(groups.first_rows):
+            return self.attention_of_decodes(*rows.decodes_on_device(), rows.page_table)
         plan = send_plan(plan_tasks(rows, groups, self._tiles), rows.page_table.device)
         return TritonAttention(self._cache, self._shape, plan, rows.page_table)
 
@@ -167,13 +167,12 @@ class TritonGraphPlan:
     def fill(self, rows: SequenceRows | None) -> bool:
         if rows is not None and not self._backend.plan_in_graph(rows):
             return False
-        whole = np.zeros(self._rows.shape, np.int32)
+        num_rows = 0
+        slots, lengths = self._rows
         if rows is not None:
-            whole[:, : len(rows.slots)] = rows.slots, rows.kv_lengths
-        staging = Staging(self._rows.device)
-        staged = staging.add(whole)
-        staging.send()
-        self._rows.copy_(staged.tensor)
+            num_rows = rows.num_decodes
+            slots[:num_rows], lengths[:num_rows] = rows.decodes_on_device()
+        lengths[num_rows:] = 0
         return True
 
 
