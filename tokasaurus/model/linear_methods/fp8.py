@@ -86,7 +86,7 @@ class Fp8Linear(LinearMethod):
             return y if self._bias is None else y + self._bias
         # In blocks, since each is widened.
         wide, size = numbers.float(), max(_BLOCK_SIZE // self._spec.in_size, 1)
-        sums = [F.linear(wide, block.float()) for block in self._weight.split(size)]
+        sums = [F.linear(wide, block.float()) for block in torch.split(self._weight, size)]
         y = torch.cat(sums, dim=1) * scales * self._scales
         return (y if self._bias is None else y + self._bias.float()).to(self._dtype)
 
