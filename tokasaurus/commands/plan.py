@@ -67,6 +67,10 @@ SCHEMA = Schema(
 def run(config: PlanConfig) -> None:
     """Plans and prints."""
     device = find_device(config.device)
+    if device.kind == "cpu" and config.gpus > 1:
+        raise ConfigError(
+            f"device={config.device} is a whole machine (kind: cpu); leave out gpus={config.gpus}"
+        )
     facts = model_facts(find_description(config.model))
     demand = config.demand(facts)
     cost = None if config.cost is None else read_cost(config.cost)

@@ -38,7 +38,8 @@ from tokasaurus.version import __version__
 
 __all__ = ["SCHEMA", "TuneConfig", "run"]
 
-_PLAN_S = 20.0  # for simulations
+_PLAN_S = 30.0  # for simulations
+_NUM_SIMULATIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,8 @@ def run(config: TuneConfig) -> None:
     here = look_here(EngineConfig.from_flags(device=config.device))
     decided = {**config.flags, "load_format": config.load_format}
     question = Question(facts, here.device, here.num_devices, decided, config.sizes)
-    plan = Search(question, demand, max_simulations=3, max_s=_PLAN_S, progress=progress).run()
+    search = Search(question, demand, _NUM_SIMULATIONS, _PLAN_S, progress=progress)
+    plan = search.run()
     start = start_of(plan.best, here, {**decided, **config.sizes})
     tuner = Tuner(
         question=question,
