@@ -37,8 +37,6 @@ DTYPES = [torch.float16, torch.bfloat16]
 
 _LN_2 = math.log(2)
 _TENSOR_LAYOUTS = ("NHD", "HND")
-# Bytes of the part of the workspace that the host's plan is copied to.
-_NOT_PLANNED = "run() was called before plan()"
 
 
 def _refuse(reason):
@@ -112,18 +110,13 @@ def attend_paged(
 
 
 class _Wrapper:
-    """What both wrappers share. A graph's wrapper reads its buffers when it runs."""
+    """What both wrappers share."""
 
-    def __init__(self, workspace, layout, use_cuda_graph, backend, buffers):
+    def __init__(self, workspace, layout, backend):
         if workspace.dtype != torch.uint8:
             _refuse(f"the workspace is {workspace.dtype}")
         self._device, self._layout, self._backend = workspace.device, layout, backend
-        self._buffers = list(buffers) if use_cuda_graph else None
-        if use_cuda_graph:
-            for number, buffer in enumerate(self._buffers):
-                _check_indices(f"buffer {number}", buffer, self._device)
         self._planned = None
-        self.num_plans = 0
 
     def _plan(self, arrays, seq_lens, num_heads, num_kv_heads, head_dim, page_size, options):
         """``arrays``: starts of rows, starts of pages, pages, lengths of last pages."""
@@ -149,8 +142,6 @@ class _Wrapper:
             _refuse(f"{num_heads} heads, {num_kv_heads} key heads of {head_dim}")
         if options["q_data_type"] not in DTYPES:
             _refuse(f"no kernels for {options['q_data_type']}")
-        if self._buffers is not None:
-            self._fill_buffers(arrays)
         self._planned = SimpleNamespace(
             arrays=[array.clone() for array in arrays],
             num_rows=int(query_starts[-1]),
@@ -158,23 +149,11 @@ class _Wrapper:
             cache_shape=(num_kv_heads, page_size, head_dim),
             **options,
         )
-        self.num_plans += 1
-
-    def _fill_buffers(self, arrays):
-        for buffer, array in zip(self._buffers, arrays, strict=True):
-            if array is arrays[2]:
-                if len(array) > len(buffer):
-                    _refuse("more pages than the buffer of the graph has room for")
-                buffer[: len(array)].copy_(array)
-            elif len(array) != len(buffer):
-                _refuse("another number of requests than that of the graph")
-            else:
-                buffer.copy_(array)
 
     def _run(self, query, pages, out, lse, return_lse):
         planned = self._planned
         if planned is None:
-            _refuse(_NOT_PLANNED)
+            _refuse("run() was called before plan()")
         if query.dtype != planned.q_data_type:
             _refuse(f"queries are {query.dtype}, and {planned.q_data_type} was planned")
         if query.device != self._device:
@@ -193,9 +172,8 @@ class _Wrapper:
         _check_contiguous("the output", out)
         if lse is not None and (lse.dtype != torch.float32 or lse.shape != query.shape[:2]):
             _refuse("the LSE is not [rows, heads] in float32")
-        arrays = self._buffers or planned.arrays
         result, sums = attend_paged(
-            query, keys, values, *arrays, is_causal=planned.causal, scale=planned.sm_scale
+            query, keys, values, *planned.arrays, is_causal=planned.causal, scale=planned.sm_scale
         )
         out.copy_(result)
         if not return_lse:
@@ -214,23 +192,12 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         self,
         float_workspace_buffer,
         kv_layout="NHD",
-        use_cuda_graph=False,
-        qo_indptr_buf=None,
-        paged_kv_indptr_buf=None,
-        paged_kv_indices_buf=None,
-        paged_kv_last_page_len_buf=None,
         *,
         backend="auto",
     ):
         if backend not in ("fa2", "fa3"):
             _refuse(f"backend={backend} takes what the device has")
-        buffers = (
-            qo_indptr_buf,
-            paged_kv_indptr_buf,
-            paged_kv_indices_buf,
-            paged_kv_last_page_len_buf,
-        )
-        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, buffers)
+        super().__init__(float_workspace_buffer, kv_layout, backend)
 
     def plan(
         self,
@@ -276,29 +243,13 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         self,
         float_workspace_buffer,
         kv_layout="NHD",
-        use_cuda_graph=False,
+        *,
         use_tensor_cores=False,
-        paged_kv_indptr_buffer=None,
-        paged_kv_indices_buffer=None,
-        paged_kv_last_page_len_buffer=None,
         backend="auto",
     ):
         if not use_tensor_cores or backend != "fa2":
             _refuse(f"backend={backend}, use_tensor_cores={use_tensor_cores}")
-        starts = None
-        if use_cuda_graph:
-            starts = torch.arange(
-                len(paged_kv_indptr_buffer),
-                dtype=torch.int32,
-                device=float_workspace_buffer.device,
-            )
-        buffers = (
-            starts,
-            paged_kv_indptr_buffer,
-            paged_kv_indices_buffer,
-            paged_kv_last_page_len_buffer,
-        )
-        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, buffers)
+        super().__init__(float_workspace_buffer, kv_layout, backend)
 
     def plan(
         self,

@@ -1,225 +1,168 @@
-"""``make gpu-check``: whether a GPU computes what the CPU computes, and how fast.
+"""``make gpu-check``: whether a GPU computes what the CPU computes, and how fast it serves.
 
-    python tests/gpu_check.py [DEVICE]     cuda by default
+    make gpu-check                                 everything, on a GPU
+    make gpu-check ARGS='parts=parity'             without loads
+    make gpu-check ARGS='device=cpu size=tiny'     the check itself, on any machine
 
-Every backend that the device has is compared with the reference on the device itself: attention and
-element-wise kernels, on random batches, in fp32, fp16 and bf16.
+=======  ===========================================================================================
+kernels  each backend against the reference on the device itself, on random batches, in three dtypes
+parity   a small model with every backend and option against the CPU: greedy tokens and logprobs
+speed    Llama-3.2-1B's shape with random weights: repeated sampling, and chat-like traffic
+=======  ===========================================================================================
 
-Then the same small model with random weights runs on both with each backend, the reference too, in
-fp32 and in bf16:
-
-1. In fp32 both generate the same greedy tokens, and give every id the same logprob to three digits.
-2. In bf16 the logprobs of the GPU differ from the CPU's fp32 by at most twice as much as the CPU's
-   bf16 does, on average (root mean square) by at most a quarter more, and every greedy token of the
-   GPU is the CPU's best one within twice that distance.
-3. It prints the tokens/s of a batch in bf16.
-
-The exit status is 0 if all of this holds, 1 if something does not, 2 if there is no such device.
+A table at the end has a line for each part, with its gate. Rates have gates on a GPU only, for one
+H200. The exit status is 0 if all gates hold, 1 if one does not, 2 if there is no such device.
 """
 
 from __future__ import annotations
 
-import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from checkpoints import VOCAB_SIZE, make_checkpoint
 from gpu_kernels import check_kernels
+from gpu_parity import check, make_model
+from gpu_speed import SIZES, Speed, measure_rates, measure_speeds
 
-from tokasaurus import LLM, SamplingParams
-from tokasaurus.model.backend import usable_backends
+from tokasaurus.bench.output import table
+from tokasaurus.config.parser import parse_or_exit
+from tokasaurus.config.schema import Schema, check_fields, flag
 
-_NUM_PROMPTS = 8
-_NUM_TOKENS = 48
-_FP32_TOLERANCE = 1e-3
-_BATCH = 64
-_BATCH_TOKENS = 128
+__all__ = ["main"]
+
+_PARTS = ("kernels", "parity", "speed")
+
+# Of repeated sampling on one H200, with prefixes read once.
+_LEAST_TOKENS_PER_S = 120_000
+_LEAST_ROOFLINE = 0.6
+_MOST_IDLE = 0.03
 
 
-def main(device: str = "cuda") -> int:
-    if device == "cuda" and not torch.cuda.is_available():
+@dataclass(frozen=True, kw_only=True)
+class GPUCheckConfig:
+    """What to check."""
+
+    device: str = flag("cuda", choices=("cuda", "cpu"), help="That is checked.")
+    size: str = flag("full", choices=tuple(SIZES), help="Of the loads.")
+    parts: tuple[str, ...] = flag(_PARTS, choices=_PARTS, help="What is checked.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+SCHEMA = Schema(
+    target=GPUCheckConfig,
+    program="make gpu-check",
+    summary="Whether a GPU computes what the CPU computes, and how fast it serves.",
+    examples=("make gpu-check", "make gpu-check ARGS='device=cpu size=tiny'"),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table.
+
+    Attributes:
+        what: was checked.
+        result: of it.
+        gate: that it must pass; "" for none.
+        passed: it has.
+    """
+
+    what: str
+    result: str
+    gate: str = ""
+    passed: bool = True
+
+    @property
+    def verdict(self) -> str:
+        if not self.passed:
+            return "FAILED"
+        return "passed" if self.gate else ""
+
+
+def main(arguments: Sequence[str]) -> int:
+    config = parse_or_exit(SCHEMA, arguments)
+    if config.device == "cuda" and not torch.cuda.is_available():
         print(
             "gpu-check: this machine has no CUDA device that PyTorch can use; nothing was checked."
             f" PyTorch is {torch.__version__}.",
             file=sys.stderr,
         )
         return 2
-    print(f"gpu-check: device={device}, {_name(device)}, PyTorch {torch.__version__}")
+    started = time.perf_counter()
+    print(f"gpu-check: device={config.device}, {_name(config.device)}, PyTorch {torch.__version__}")
+    lines: list[Line] = []
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint = make_model(Path(directory))
-        failures = check_kernels(device) + check(device, checkpoint, checkpoint)
+        parts = {"kernels": _kernels, "parity": _parity, "speed": _speed}
+        for part in config.parts:
+            begun = time.perf_counter()
+            lines += parts[part](config, Path(directory))
+            lines.append(Line(f"{part}: time", f"{time.perf_counter() - begun:.0f} s"))
+    lines.append(Line("in all: time", f"{time.perf_counter() - started:.0f} s"))
+    print()
+    rows = [(each.what, each.result, each.gate, each.verdict) for each in lines]
+    print(table(("what", "result", "gate", ""), rows))
+    return 0 if all(each.passed for each in lines) else 1
+
+
+def _kernels(config: GPUCheckConfig, directory: Path) -> list[Line]:
+    found = check_kernels(config.device)
+    return [_failures("kernels: each backend, and the reference on the device", found)]
+
+
+def _parity(config: GPUCheckConfig, directory: Path) -> list[Line]:
+    checkpoint = make_model(directory / "small")
+    compiles = SIZES[config.size].compiles
+    found = check(config.device, checkpoint, checkpoint, compiles=compiles)
+    return [_failures("parity: each backend and option, and the CPU", found)]
+
+
+def _failures(what: str, failures: list[str]) -> Line:
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
-    if not failures:
-        print(f"passed: {device} computes what the CPU computes")
-    return 1 if failures else 0
+    return Line(what, f"{len(failures)} differences", "none", not failures)
 
 
-def make_model(directory: Path, seed: int = 0) -> Path:
-    return make_checkpoint(
-        directory,
-        "llama",
-        num_heads=8,
-        num_kv_heads=4,
-        head_dim=64,
-        num_layers=4,
-        intermediate_size=1024,
-        initializer_range=0.06,
-        seed=seed,
+def _speed(config: GPUCheckConfig, directory: Path) -> Iterator[Line]:
+    size = SIZES[config.size]
+    rates = measure_rates(config.device, size)
+    yield Line(f"products in {size.dtype}", f"{rates.flops / 1e12:,.2f} TFLOP/s")
+    yield Line("memory", f"{rates.bytes / 1e12:,.3f} TB/s")
+    model = directory / "large"
+    model.mkdir()
+    for speed in measure_speeds(config.device, size, rates, model):
+        print(
+            f" {speed.name}: {speed.tokens_per_s:,.0f} tokens/s in {speed.num_batches} batches",
+            flush=True,
+        )
+        yield from _lines(speed, has_gates=config.device == "cuda" and config.size == "full")
+
+
+def _lines(speed: Speed, *, has_gates: bool) -> Iterator[Line]:
+    gates = has_gates and speed.name == "repeated, groups"
+
+    def line(what: str, result: str, gate: str, passed: bool) -> Line:
+        return Line(f"{speed.name}: {what}", result, gate if gates else "", passed or not gates)
+
+    rate, share = speed.tokens_per_s, speed.roofline
+    yield line(
+        "tokens/s", f"{rate:,.0f}", f">= {_LEAST_TOKENS_PER_S:,}", rate >= _LEAST_TOKENS_PER_S
     )
-
-
-@dataclass
-class Run:
-    """What one device computes in one dtype.
-
-    Attributes:
-        tokens: [prompts, tokens], generated greedily.
-        logprobs: [positions, ids], of texts that are the same for all runs.
-    """
-
-    tokens: list[list[int]]
-    logprobs: np.ndarray
-
-
-def check(device: str, checkpoint: Path, reference_checkpoint: Path) -> list[str]:
-    """What is wrong.
-
-    Args:
-        device: to check.
-        checkpoint: that it runs.
-        reference_checkpoint: that the CPU runs: the same one, unless this check is tested.
-    """
-    texts = _prompts(length=64)
-    with _engine("cpu", "float32", reference_checkpoint) as llm:
-        expected = _run(llm, texts)
-    with _engine("cpu", "bfloat16", reference_checkpoint) as llm:
-        rounded = _run(llm, texts)
-    failures = []
-    for backend in usable_backends(torch.device(device)):
-        print(f" attention={backend.name}")
-        failures += [
-            f"attention={backend.name}: {failure}"
-            for failure in _check_backend(
-                device, backend.name, checkpoint, reference_checkpoint, expected, rounded
-            )
-        ]
-    return failures
-
-
-def _check_backend(
-    device: str,
-    attention: str,
-    checkpoint: Path,
-    reference_checkpoint: Path,
-    expected: Run,
-    rounded: Run,
-) -> list[str]:
-    """What is wrong with a backend; the CPU's results are given in fp32 and in bf16."""
-    texts = _prompts(length=64)
-    tolerance = 2 * _distance(rounded, expected)
-    mean_tolerance = 1.25 * _mean_distance(rounded, expected)
-    failures = []
-    with _engine(device, "float32", checkpoint, attention) as llm:
-        found = _run(llm, texts)
-    if found.tokens != expected.tokens:
-        failures.append("in float32, greedy tokens differ from the CPU's")
-    failures += _far("float32", _distance(found, expected), _FP32_TOLERANCE)
-    with _engine(device, "bfloat16", checkpoint, attention) as llm:
-        found = _run(llm, texts)
-        _print_speed(device, llm)
-    failures += _far("bfloat16", _distance(found, expected), tolerance)
-    failures += _far("bfloat16, on average", _mean_distance(found, expected), mean_tolerance)
-    with _engine("cpu", "float32", reference_checkpoint) as llm:
-        loss = _greedy_loss(llm, texts, found.tokens)
-    print(f"  bfloat16: greedy tokens are the CPU's best within {loss:.2g}, of {tolerance:.2g}")
-    if loss > tolerance:
-        failures.append(f"in bfloat16, a greedy token is {loss:.2g} less likely than the CPU's")
-    return failures
-
-
-def _engine(device: str, dtype: str, checkpoint: Path, attention: str = "auto") -> LLM:
-    return LLM(
-        checkpoint,
-        device=device,
-        attention=attention,
-        dtype=dtype,
-        kv_cache_num_tokens=16384,
-        max_topk_logprobs=VOCAB_SIZE,
-        log_level="WARNING",
+    yield line(
+        "share of the roofline",
+        f"{share:.1%}",
+        f">= {_LEAST_ROOFLINE:.0%}",
+        share >= _LEAST_ROOFLINE,
     )
-
-
-def _prompts(length: int) -> list[list[int]]:
-    ids = random.Random(0)
-    return [[ids.randrange(256) for _ in range(length - number)] for number in range(_NUM_PROMPTS)]
-
-
-def _run(llm: LLM, texts: list[list[int]]) -> Run:
-    params = SamplingParams(max_tokens=_NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    tokens = [
-        list(output.outputs[0].token_ids) for output in llm.generate(texts, params, use_tqdm=False)
-    ]
-    return Run(tokens, _logprobs(llm, texts))
-
-
-def _logprobs(llm: LLM, texts: list[list[int]]) -> np.ndarray:
-    """[positions, ids]: of every id behind every position of the texts."""
-    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=VOCAB_SIZE)
-    rows = []
-    for output in llm.generate(texts, params, use_tqdm=False):
-        assert output.prompt_logprobs is not None
-        for position in output.prompt_logprobs[1:]:
-            assert position is not None
-            rows.append([position[each].logprob for each in range(VOCAB_SIZE)])
-    return np.array(rows)
-
-
-def _distance(one: Run, other: Run) -> float:
-    return float(np.abs(one.logprobs - other.logprobs).max())
-
-
-def _mean_distance(one: Run, other: Run) -> float:
-    return float(np.sqrt(np.square(one.logprobs - other.logprobs).mean()))
-
-
-def _far(dtype: str, distance: float, tolerance: float) -> list[str]:
-    print(f"  {dtype}: logprobs differ from the CPU's by {distance:.2g}, of {tolerance:.2g}")
-    # Not a number is not near either.
-    if distance <= tolerance:
-        return []
-    return [f"in {dtype}, logprobs differ from the CPU's by {distance:.2g}, over {tolerance:.2g}"]
-
-
-def _greedy_loss(llm: LLM, texts: list[list[int]], tokens: list[list[int]]) -> float:
-    """How much less likely a generated token is than the best one, at most, in logprobs."""
-    whole = [text + generated for text, generated in zip(texts, tokens, strict=True)]
-    logprobs = _logprobs(llm, whole)
-    loss, row = 0.0, 0
-    for text, generated in zip(texts, tokens, strict=True):
-        # Row i of a text has the logprobs behind its position i.
-        behind = logprobs[row + len(text) - 1 : row + len(text) - 1 + len(generated)]
-        chosen = behind[np.arange(len(generated)), generated]
-        loss = max(loss, float((behind.max(axis=1) - chosen).max()))
-        row += len(text) + len(generated) - 1
-    return loss
-
-
-def _print_speed(device: str, llm: LLM) -> None:
-    params = SamplingParams(max_tokens=_BATCH_TOKENS, temperature=1.0, ignore_eos=True, seed=0)
-    prompts = _prompts(length=64) * (_BATCH // _NUM_PROMPTS)
-    llm.generate(prompts, params, use_tqdm=False)
-    started = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
-    rate = len(prompts) * _BATCH_TOKENS / (time.perf_counter() - started)
-    print(
-        f"  {device}, bfloat16: {rate:,.0f} tokens/s with {len(prompts)} sequences of a small model"
-    )
+    yield line("idle", f"{speed.idle:.1%}", f"< {_MOST_IDLE:.0%}", speed.idle < _MOST_IDLE)
+    yield Line(f"{speed.name}: manager's time for a batch", f"{speed.manager_us:,.0f} us")
+    recompiles = speed.num_recompiles
+    yield Line(f"{speed.name}: recompiles", str(recompiles), "0", not recompiles)
 
 
 def _name(device: str) -> str:
@@ -227,4 +170,4 @@ def _name(device: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

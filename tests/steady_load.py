@@ -22,12 +22,12 @@ class SteadyLoad:
 
     Attributes:
         num_answers: so far, by client.
-        num_last: answers that said that their connection closes.
+        num_connections: that the client of one connection has needed so far.
     """
 
     def __init__(self, engine: EngineProcess) -> None:
         self.num_answers: dict[str, int] = {}
-        self.num_last = 0
+        self.num_connections = 1
         self._engine = engine
         self._over = threading.Event()
         self._expected = raw_answer(self._connect())[0]
@@ -77,7 +77,7 @@ class SteadyLoad:
             text, is_last = raw_answer(connection)
             self._note("kept alive", text)
             if is_last:
-                self.num_last += 1
+                self.num_connections += 1
                 connection.close()
                 connection = self._connect()
         connection.close()
@@ -98,9 +98,8 @@ class SteadyLoad:
 
 def raw_answer(connection: http.client.HTTPConnection) -> tuple[str, bool]:
     """Asks on a connection that stays open; returns the text, and whether it is the last one."""
-    connection.request(
-        "POST", "/v1/completions", json.dumps(ASKED), {"Content-Type": "application/json"}
-    )
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer none"}
+    connection.request("POST", "/v1/completions", json.dumps(ASKED), headers)
     answer = connection.getresponse()
     body = answer.read()
     assert answer.status == 200, body

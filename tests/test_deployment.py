@@ -17,6 +17,7 @@ import yaml
 from dockerfile import Build, Stage, stages_of
 from documentation import ROOT
 
+from tokasaurus.commands import COMMANDS
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.parser import parse_command_line
 
@@ -165,6 +166,14 @@ def test_the_unit_starts_an_engine_that_can_drain():
     assert config.cartridge_dir.startswith("${STATE_DIRECTORY}/")
     credential, _ = settings["LoadCredential"].split(":")
     assert config.api_key_file == f"${{CREDENTIALS_DIRECTORY}}/{credential}"
+
+
+def test_the_unit_waits_for_the_engine_and_restarts_it_with_tokas_command():
+    settings = unit()
+    assert settings["Type"] == "notify"
+    program, command = settings["ExecReload"].split()
+    assert program == settings["ExecStart"].split()[0]
+    assert command in COMMANDS
 
 
 def test_the_unit_does_not_start_an_engine_with_wrong_flags_again():

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 import stat
 import sys
 import xml.etree.ElementTree
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tokasaurus.bench.main import main
-from tokasaurus.bench.peers import command
+from tokasaurus.bench.peers import command, driver
+from tokasaurus.bench.peers.checkpoint import SHAPES, make_checkpoint
+from tokasaurus.bench.peers.processes import EngineProcess
 from tokasaurus.bench.peers.results import Measurement, Results
 from tokasaurus.bench.peers.workloads import WORKLOADS, Workload
 from tokasaurus.errors import ConfigError
@@ -39,6 +44,23 @@ class LLM:
         ]
 """
 
+# As much of SGLang as the driver uses.
+FAKE_SGLANG = """
+__version__ = "8.8"
+
+class Engine:
+    def __init__(self, **flags):
+        print(flags)
+
+    def generate(self, input_ids, sampling_params):
+        assert len(input_ids) == len(sampling_params)
+        return [
+            {"meta_info": {"completion_tokens": each["max_new_tokens"]}}
+            for each in sampling_params
+            for _ in range(each["n"])
+        ]
+"""
+
 MEASURED = Measurement(
     dtype="float32",
     workload="mixed",
@@ -58,10 +80,10 @@ def peer(tmp_path, monkeypatch):
     """Makes the Python of an environment whose vLLM is this source."""
     monkeypatch.setattr(command, "cache_directory", lambda: tmp_path / "cache")
 
-    def make(source):
+    def make(source, name="vllm"):
         packages = tmp_path / "packages"
         packages.mkdir()
-        (packages / "vllm.py").write_text(source)
+        (packages / f"{name}.py").write_text(source)
         python = tmp_path / "python"
         python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
         python.chmod(python.stat().st_mode | stat.S_IXUSR)
@@ -102,6 +124,58 @@ def test_ours_with_int8_weights_is_one_more_engine(tmp_path, capsys):
     assert list(measured["seconds"]) == ["tokasaurus", "int8"]
 
 
+def test_a_dry_run_for_a_gpu_says_what_it_would_do(peer, capsys):
+    python = peer(FAKE_VLLM)
+    flags = [f"vllm={python}", f"sglang={python}", "workloads=repeated", "size=8"]
+    assert main(["peers", "device=cuda", "dry_run=T", *flags]) == 0
+    *commands, load = capsys.readouterr().out.splitlines()
+    settings = [json.loads(shlex.split(line)[-1]) for line in commands]
+    assert [each["engine"] for each in settings] == ["tokasaurus", "vllm", "sglang"]
+    assert [shlex.split(line)[0] for line in commands] == [sys.executable, python, python]
+    for each in settings:
+        assert each["dtype"] == "bfloat16"
+        # 64 GiB, for the shape of Llama-3.2-1B.
+        assert each["cache_tokens"] == (64 << 30) // (2 * 16 * 8 * 64 * 2)
+        assert each["max_seqs"] == 4096
+    assert "32 requests, 1,024 completions, 65,536 tokens" in load
+
+
+def test_a_gpu_that_is_not_there_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["peers", "device=cuda", "shape=tiny"]) != 0
+    assert "dry_run=T needs none" in capsys.readouterr().err
+    assert main(["roofline", "device=cuda"]) != 0
+    assert "finds no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.engine
+def test_engines_of_a_gpu_run_what_they_are_asked(peer, tmp_path):
+    """On this machine's processor, and without SGLang itself."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    make_checkpoint(SHAPES["tiny"], directory)
+    requests = Workload("repeated", 512, 0.1).requests()
+    settings = {
+        "engine": "sglang",
+        "model": str(directory),
+        "device": "cpu",
+        "dtype": "float32",
+        "max_seqs": 64,
+        "batch_tokens": 256,
+        "cache_gib": 1,
+        "cache_tokens": 16384,
+        "flags": {},
+    }
+    with EngineProcess(peer(FAKE_SGLANG, "sglang"), settings) as sglang:
+        sglang.await_ready()
+        assert sglang.version == "8.8"
+        assert sglang.run(requests) > 0
+    ours = driver.TokasaurusProcesses(settings)
+    asked = [dataclasses.asdict(each) for each in requests]
+    assert ours.run(asked) == 32 * 64
+    ours.close()
+
+
 def test_a_peer_that_does_not_start_is_an_error_with_its_reason(peer, capsys):
     python = peer("raise SystemExit('this build does not fit that processor')")
     assert main(["peers", f"vllm={python}", "shape=tiny", "workloads=single"]) == 1
@@ -116,6 +190,7 @@ def test_a_peer_that_does_not_start_is_an_error_with_its_reason(peer, capsys):
         ("vllm=/no/such/python", "vllm=/no/such/python: there is no such file"),
         ("flags=linear", "flags=linear: expected key=value"),
         ("repetitions=0", "name it with output=FILE"),
+        ("sglang=/usr/bin/python3", "compared with device=cuda only"),
         ("size=0", "expected a number above 0"),
         ("workloads=other", "must be one of"),
     ],

@@ -96,6 +96,18 @@ def test_errors_name_the_flag(plan, words, message):
     assert message in err
 
 
+def test_a_processor_is_a_whole_machine(plan, tmp_path):
+    path = tmp_path / "board.yaml"
+    text = "{name: A board, kind: cpu, memory_gb: 64, read_gb_per_s: 50, tflop_per_s: %s}"
+    path.write_text(text % "{float32: 1}")
+    status, out, _ = plan(SHAPE, f"device={path}", "simulations=1")
+    assert status == 0
+    assert "memory: cpu has 64.0 GB free; 32.1 GB for weights in float32" in out
+    status, _, err = plan(SHAPE, f"device={path}", "gpus=2")
+    assert status == 2
+    assert "is a whole machine (kind: cpu); leave out gpus=2" in err
+
+
 def test_a_model_that_does_not_fit_gets_a_number_of_devices(plan):
     status, out, err = plan(SHAPE, "device=h100", model=LLAMA_70B)
     assert (status, out) == (2, "")

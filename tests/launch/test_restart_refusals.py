@@ -111,6 +111,7 @@ def test_what_cannot_start_leaves_the_old_engine_as_it_was(tmp_path):
         assert len(list(engine.private.glob("tokasaurus-*"))) == 2  # the keeper's, and the engine's
 
 
+@pytest.mark.long
 def test_sigterm_ends_both_engines_of_a_restart(tmp_path):
     """The new one, which is not ready, at once; the old one after its last request."""
     with running(tmp_path, *SMALL) as engine, engine.client(timeout=60) as client:
@@ -128,6 +129,7 @@ def test_sigterm_ends_both_engines_of_a_restart(tmp_path):
         assert list(engine.private.iterdir()) == []
 
 
+@pytest.mark.long
 def test_the_new_engine_takes_the_place_of_one_that_dies_meanwhile(tmp_path):
     with running(tmp_path, *SMALL) as engine:
         text = answer(engine)

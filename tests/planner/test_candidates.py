@@ -67,12 +67,15 @@ def test_a_model_that_fits_nowhere_gets_the_arithmetic_and_a_number_of_devices(q
     assert fitting(question(LLAMA_70B, "l4", 8))
 
 
-def test_a_device_without_links_is_not_multiplied(question, tmp_path):
+def test_devices_without_links_only_make_replicas(question, tmp_path):
     path = tmp_path / "lone.yaml"
     path.write_text("{name: Lone, memory_gb: 8, read_gb_per_s: 300, tflop_per_s: {bfloat16: 60}}")
     with pytest.raises(ConfigError, match="more devices would not help"):
         fitting(question(LLAMA_8B, str(path)))
     assert list(fitting(question(LLAMA_1B, str(path)))) == [Layout(1, 1, 1)]
+    assert list(fitting(question(LLAMA_1B, str(path), 4))) == [Layout(4, 1, 1)]
+    with pytest.raises(ConfigError, match="tp_size=2; change one of them: the links of the device"):
+        fitting(question(LLAMA_1B, str(path), 4, sizes={"tp_size": 2}))
 
 
 def test_decided_sizes_that_cannot_be_dealt_are_named(question):

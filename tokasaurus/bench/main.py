@@ -22,6 +22,8 @@ COMMANDS = {
     "training": "what a trained cartridge knows of a document, with the bundled model",
     "cartridges": "requests behind a cartridge against the same text in their prompts",
     "quantization": "what int8 weights change: perplexity and greedy answers",
+    "calibrate": "a cost model of this machine, for predictions in virtual time",
+    "predict": "what a calibrated cost model predicts, against real runs of the same workloads",
     "roofline": "how fast this machine multiplies matrices and reads memory",
     "lookahead": "how long the device waits for the manager, and how many tokens are wasted",
     "trace": "write a workload to a file",

@@ -105,7 +105,10 @@ def _settings(
     return {
         "engine": "tokasaurus",
         "model": str(checkpoint),
+        "device": "cpu",
         "dtype": config.dtype,
+        "max_seqs": 256,
+        "batch_tokens": 2048,
         "cache_tokens": config.kv_cache_num_tokens // dp // 16 * 16,
         "flags": {
             "dp_size": dp,

@@ -20,6 +20,7 @@ from tokasaurus.calibration.cases import (
     row_cases,
 )
 from tokasaurus.calibration.fitting import CaseSeconds, fit_costs
+from tokasaurus.calibration.other_work import OtherWork, undisturbed
 from tokasaurus.config.slices import ReplicaSlices, WorkerConfig
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.worker.timed_worker import PartSeconds, TimedWorker
@@ -53,11 +54,13 @@ class Calibration:
             ``held_out``, or the spread of the measurements if that is larger.
         held_out: batches that it was checked with.
         spread: of measurements of the same batch; the mean of ``CaseSeconds.spread``.
+        other_work: the share of the cores that went to other work in one of the rounds, at most.
     """
 
     cost: CostModel
     held_out: tuple[HeldOut, ...]
     spread: float
+    other_work: float
 
 
 def calibrate(
@@ -65,7 +68,8 @@ def calibrate(
 ) -> Calibration:
     """Measures what the replica's batches cost. Takes about a minute for a small model on a CPU.
 
-    The cases take turns, so that other work disturbs all alike.
+    The cases take turns, so that other work disturbs all alike. A round in which there was much of
+    it is repeated.
 
     Args:
         replica: of one worker. Its weights are random unless its files are there.
@@ -73,7 +77,7 @@ def calibrate(
         progress: takes a line now and then.
 
     Raises:
-        ConfigError: the replica has several workers.
+        ConfigError: the replica has several workers, or limits that leave nothing to measure.
         ModelError: the model cannot be served.
     """
     if len(replica.workers) > 1:
@@ -85,9 +89,15 @@ def calibrate(
     limits = _limits(config)
     by_rows, by_context = row_cases(limits), attention_cases(limits)
     by_draw, unseen = draw_cases(limits), held_out_cases(limits)
+    if not by_context or not unseen:
+        raise ConfigError(
+            "batches of this engine are too small to measure what context costs: raise"
+            " max_tokens_per_forward, max_seqs_per_forward, max_num_tokens_per_request or"
+            " kv_cache_num_tokens"
+        )
     cases = {*by_rows, *by_draw.values(), *unseen}
     cases.update(case for pair in by_context for case in pair)
-    seconds = _measure(config, limits, cases, rounds, progress)
+    seconds, other_work = _measure(config, limits, cases, rounds, progress)
     cost = fit_costs(
         {case: seconds[case] for case in by_rows},
         {(case, base): (seconds[case], seconds[base]) for case, base in by_context},
@@ -99,7 +109,7 @@ def calibrate(
     spread = statistics.mean(each.spread for each in seconds.values())
     deviation = 2 * math.sqrt(statistics.mean(each.wrong**2 for each in held_out))
     cost = msgspec.structs.replace(cost, error=max(deviation, spread))
-    return Calibration(cost, held_out, spread)
+    return Calibration(cost, held_out, spread, other_work)
 
 
 def _limits(config: WorkerConfig) -> Limits:
@@ -118,31 +128,40 @@ def _measure(
     cases: Iterable[Case],
     rounds: int,
     progress: Callable[[str], None],
-) -> dict[Case, CaseSeconds]:
+) -> tuple[dict[Case, CaseSeconds], float]:
+    """The seconds of each case, and the largest share of the cores that went to other work."""
     # In the order of their rows, so that no case follows the largest one by chance.
     ordered = sorted(cases, key=lambda case: (case.num_rows, case.name))
     num_pages = max(case.num_pages(limits.page_size) for case in ordered)
     worker = TimedWorker(replace(config, use_groups=True, num_pages=num_pages))
     worker.fill_cache()
     worker.warm_up()
-    found: dict[Case, list[PartSeconds]] = {case: [] for case in ordered}
-    for number in range(rounds + 1):
-        progress(f"round {number} of {rounds}" if number else f"warming up: {len(found)} batches")
+
+    def measure() -> list[list[PartSeconds]]:
+        progress(f"measuring {len(ordered)} batches")
         gc.collect()
-        for case in ordered:
-            worker.time(case.entering(limits.page_size))
-            timed = case.timed(limits.page_size)
-            found[case] += [worker.time(timed) for _ in range(2)] if number else []
-            if not number:
-                worker.time(timed)
-    return {case: _summary(each) for case, each in found.items()}
+        return [_time_twice(worker, case, limits.page_size) for case in ordered]
+
+    measure()  # the first round loads libraries and touches memory
+    found, other_work = undisturbed(measure, rounds, OtherWork(), progress)
+    by_case = zip(ordered, zip(*found, strict=True), strict=True)
+    summaries = {
+        case: _summary([each for pair in pairs for each in pair]) for case, pairs in by_case
+    }
+    return summaries, other_work
+
+
+def _time_twice(worker: TimedWorker, case: Case, page_size: int) -> list[PartSeconds]:
+    worker.time(case.entering(page_size))
+    timed = case.timed(page_size)
+    return [worker.time(timed) for _ in range(2)]
 
 
 def _summary(rounds: list[PartSeconds]) -> CaseSeconds:
+    """Lower quartiles: other work makes some times longer, and none shorter."""
     parts = np.array(rounds)
-    sums = parts.sum(axis=1)
-    low, middle, high = np.percentile(sums, [25, 50, 75])
-    layers_s, head_s, rest_s = np.median(parts, axis=0).tolist()
+    low, middle, high = np.percentile(parts.sum(axis=1), [25, 50, 75])
+    layers_s, head_s, rest_s = np.percentile(parts, 25, axis=0).tolist()
     return CaseSeconds(layers_s, head_s, rest_s, float((high - low) / 2 / middle))
 
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+import msgspec
 import numpy as np
 
 from tokasaurus.planner.cost_model import NO_GROUPS, BatchWork, GroupWork
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.messages import ForwardBatch, Sampling, SlotParameters
+from tokasaurus.protocol.messages import (
+    AdjustedSlots,
+    Adjustments,
+    ForwardBatch,
+    Sampling,
+    SlotParameters,
+)
 from tokasaurus.rounding import ceil_div
 
 __all__ = ["Case", "Limits", "attention_cases", "draw_cases", "held_out_cases", "row_cases"]
@@ -87,39 +93,31 @@ class Case:
         slots = np.arange(self.num_sequences, dtype=np.int32)
         decoding = slots[: self.num_decodes]
         tables = self._tables(page_size)
-        return ForwardBatch(
+        batch = ForwardBatch(
             number=0,
             parameters=self._parameters(slots),
             table_slots=np.repeat(slots, [len(pages) for pages in tables]).astype(np.int32),
             table_columns=_int32([column for pages in tables for column in range(len(pages))]),
             table_pages=_int32([page for pages in tables for page in pages]),
-            prefill_slots=decoding,
-            # The timed batch adds the last position.
-            prefill_starts=np.full(len(decoding), self.length - 2, np.int32),
-            **_chunks(len(decoding), 1),
         )
+        # The timed batch adds the last position.
+        return _with_chunks(batch, decoding, 1, self.length - 1)
 
     def timed(self, page_size: int) -> ForwardBatch:
         """The batch that is measured. A second one finds sequences one position longer."""
         slots = np.arange(self.num_sequences, dtype=np.int32)
-        groups: dict[str, Any] = {}
+        batch = ForwardBatch(number=0, decode_slots=slots[: self.num_decodes])
         if self.prefix:
-            columns = (0, self.num_decodes, 0, self.num_chunks, 0, self.prefix // page_size)
-            names = ("first_decodes", "num_decodes", "first_chunks", "num_chunks")
-            groups = {
-                f"group_{name}": _int32([column])
-                for name, column in zip(
-                    (*names, "first_columns", "num_columns"), columns, strict=True
-                )
-            }
-        return ForwardBatch(
-            number=0,
-            decode_slots=slots[: self.num_decodes],
-            prefill_slots=slots[self.num_decodes :],
-            prefill_starts=np.full(self.num_chunks, self.chunk_end - self.chunk_rows, np.int32),
-            **_chunks(self.num_chunks, self.chunk_rows),
-            **groups,
-        )
+            batch = msgspec.structs.replace(
+                batch,
+                group_first_decodes=_int32([0]),
+                group_num_decodes=_int32([self.num_decodes]),
+                group_first_columns=_int32([0]),
+                group_num_columns=_int32([self.prefix // page_size]),
+                group_first_chunks=_int32([0]),
+                group_num_chunks=_int32([self.num_chunks]),
+            )
+        return _with_chunks(batch, slots[self.num_decodes :], self.chunk_rows, self.chunk_end)
 
     @property
     def _held_length(self) -> int:
@@ -146,6 +144,7 @@ class Case:
             sample_index=zeros,
             num_generated=zeros,
             num_logprobs=np.full(len(slots), self.num_logprobs, np.int32),
+            adjusted=(AdjustedSlots(slots, 0, zeros[:0]),) if self.sampling.adjustments else (),
         )
 
 
@@ -180,7 +179,11 @@ class Limits:
         ]
 
 
-_DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Few rows are measured often, since the kernels' tiles show there.
+_DECODES = (
+    *(1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128),
+    *(160, 192, 256, 384, 512),
+)
 _ROWS_IN_CHUNKS = (32, 128, 384, 512, 1024, 2048, 4096, 8192)
 _SHORT = 16  # rows of a chunk that is its whole prompt
 
@@ -231,6 +234,9 @@ DRAW_ROWS = 32
 """Sequences of each case of ``draw_cases``."""
 
 
+_PENALTY = Adjustments(frequency_penalty=0.1)
+
+
 def draw_cases(limits: Limits) -> dict[str, Case]:
     """A case for each kind of draw, by its name in ``DrawCosts``."""
     plain = Case(num_decodes=min(DRAW_ROWS, limits.max_sequences, limits.max_rows))
@@ -239,6 +245,7 @@ def draw_cases(limits: Limits) -> dict[str, Case]:
         "greedy_s": replace(plain, sampling=Sampling(temperature=0.0)),
         "top_k_s": replace(plain, sampling=Sampling(top_k=50)),
         "top_p_s": replace(plain, sampling=Sampling(top_p=0.9)),
+        "adjusted_s": replace(plain, sampling=Sampling(adjustments=_PENALTY)),
         "logprobs_s": replace(plain, num_logprobs=5),
     }
 
@@ -253,19 +260,25 @@ def held_out_cases(limits: Limits) -> list[Case]:
             Case(num_decodes=80, length=60, num_chunks=3, chunk_rows=90, chunk_end=90),
             Case(num_decodes=48, length=320, prefix=256),
             Case(num_decodes=3, length=1500),
+            Case(num_decodes=5, length=200),
+            Case(num_decodes=2, length=300, num_chunks=1, chunk_rows=24, chunk_end=60),
             Case(num_chunks=5, chunk_rows=150, chunk_end=200),
         ]
     )
 
 
-def _chunks(count: int, rows: int) -> dict[str, Any]:
-    """Columns of chunks that end nowhere."""
-    return {
-        "prefill_lengths": np.full(count, rows, np.int32),
-        "prefill_ids": np.full(count * rows, 11, np.int32),
-        "prefill_num_logprobs": np.full(count, -1, np.int32),
-        "prefill_next_ids": np.full(count, _DRAWS_NOTHING, np.int32),
-    }
+def _with_chunks(batch: ForwardBatch, slots: Int32Array, rows: int, end: int) -> ForwardBatch:
+    """The batch with a chunk in each slot, none of which ends its prompt."""
+    ones = np.ones(len(slots), np.int32)
+    return msgspec.structs.replace(
+        batch,
+        prefill_slots=slots,
+        prefill_starts=ones * np.int32(end - rows),
+        prefill_lengths=ones * np.int32(rows),
+        prefill_ids=np.full(len(slots) * rows, 11, np.int32),
+        prefill_num_logprobs=-ones,
+        prefill_next_ids=ones * np.int32(_DRAWS_NOTHING),
+    )
 
 
 def _int32(values: Sequence[int]) -> Int32Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -24,7 +25,7 @@ __all__ = ["CaseSeconds", "fit_attention", "fit_costs", "least_squares"]
 
 @dataclass(frozen=True)
 class CaseSeconds:
-    """Medians over rounds; see ``PartSeconds``.
+    """Lower quartiles over rounds; see ``PartSeconds``.
 
     Attributes:
         spread: half of the range that holds the middle half of the rounds' sums, as a share of
@@ -42,24 +43,22 @@ class CaseSeconds:
 
 
 def least_squares(causes: Float64Array, seconds: Float64Array) -> Float64Array:
-    """The costs that explain seconds best, none of which is negative.
-
-    As long as one is negative, the one that would lower the seconds most is left out, and the
-    others are fitted anew.
+    """The costs of at least 0 that explain seconds best. There are few, so all choices are tried.
 
     Args:
-        causes: [measurements, costs].
+        causes: [measurements, costs], at most ten costs.
         seconds: [measurements].
     """
-    costs = np.zeros(causes.shape[1])
-    used = np.flatnonzero(np.abs(causes).max(axis=0) > 0)
-    while len(used):
-        fitted = np.linalg.lstsq(causes[:, used], seconds, rcond=None)[0]
-        if (fitted >= 0).all():
-            costs[used] = fitted
-            break
-        used = np.delete(used, np.argmin(fitted * np.abs(causes[:, used]).mean(axis=0)))
-    return costs
+    num_costs = causes.shape[1]
+    best, least = np.zeros(num_costs), float((seconds**2).sum())
+    for count in range(1, num_costs + 1):
+        for used in combinations(range(num_costs), count):
+            fitted = np.linalg.lstsq(causes[:, used], seconds, rcond=None)[0]
+            left = float(((causes[:, used] @ fitted - seconds) ** 2).sum())
+            if (fitted >= 0).all() and left < least:
+                best, least = np.zeros(num_costs), left
+                best[list(used)] = fitted
+    return best
 
 
 _ATTENTION = ("position_s", "pair_s", "layout_s", "state_s", "group_s")
@@ -153,7 +152,7 @@ def _fit_draws(draws: Mapping[str, tuple[Case, CaseSeconds]], sampled_s: float) 
     found = {"sampled_s": sampled_s}
     for name, (case, each) in draws.items():
         longer_s = (each.rest_s - plain.rest_s) / case.num_decodes
-        if name == "logprobs_s":
+        if name in ("adjusted_s", "logprobs_s"):  # beside the draw itself
             found[name] = max(longer_s, 0.0)
         elif name != "sampled_s":
             found[name] = max(sampled_s + longer_s, 0.0)

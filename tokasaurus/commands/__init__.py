@@ -10,4 +10,5 @@ __all__ = ["COMMANDS"]
 COMMANDS = {
     "restart": "let a new engine take over from a running one, without losing a request",
     "plan": "predict how fast a model would run a workload on a device, and with which flags",
+    "tune": "find good flags for a workload on this machine, by short runs of real engines",
 }

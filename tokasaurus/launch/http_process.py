@@ -16,6 +16,7 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.launch.doors import FROM_HTTP, TO_HTTP
 from tokasaurus.launch.http_relay import INNER_SOCKET
 from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Ready, Retire, Stop
+from tokasaurus.launch.moving_connections import Inheritance, heirs_of, inherit
 from tokasaurus.launch.tracing import close_tracing, open_tracing
 from tokasaurus.launch.web_server import web_server
 from tokasaurus.open_files import allow_many_files
@@ -61,10 +62,11 @@ class _HTTPProcess:
         self._number = assignment.role.replica
         # One that is started again lets the others take connections until it can serve, and one
         # of a new engine lets the old one take them.
-        succession = assignment.succession
-        self._may_serve_at_once = self._number <= assignment.slices.server_processes and (
-            succession is None or succession.predecessor_store_socket is None
-        )
+        self._succession = assignment.succession
+        follows = self._succession is not None and self._succession.follows
+        is_first = self._number <= assignment.slices.server_processes
+        self._may_serve_at_once = is_first and not follows
+        self._inheritance: Inheritance | None = None
         self._lifeline = lifeline
         self._state = EngineState(open_tracing(self._config, assignment.role))
         directory = Path(assignment.directory)
@@ -109,6 +111,8 @@ class _HTTPProcess:
         generations.take(await self._door.receive())
         self._state.ready(preparer, generations, generations.prefixes)
         self._can_serve.set()
+        await self._http.wait_started()
+        self._inheritance = inherit(self._succession, self._number, self._http.adopt)
         self._tell_counts(even_if_none=True)
         await asyncio.gather(self._receive(generations), self._count())
 
@@ -169,8 +173,11 @@ class _HTTPProcess:
 
     async def _retire(self, note: Retire) -> None:
         """Ends with its last connection."""
+        if self._inheritance is not None:
+            self._inheritance.close()
+        heirs = heirs_of(self._succession, note.successor)
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._http.retire(), note.timeout_s)
+            await asyncio.wait_for(self._http.retire(heirs), note.timeout_s)
         if self._state.num_running:
             self._state.die("the engine was restarted before this request had finished")
         self._end()

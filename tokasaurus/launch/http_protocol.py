@@ -15,21 +15,36 @@ than one request, and what is not a whole line yet is counted by the read.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from tokasaurus.errors import RequestError, TokasaurusError
+from tokasaurus.launch.moving_connections import Heirs
 from tokasaurus.server.errors import HeadTooLarge, ReadTimeout
 from tokasaurus.server.http.answers import error_answer
 from tokasaurus.server.http.request_ids import REQUEST_ID_HEADER, request_id_of
 
-__all__ = ["Connection", "connections"]
+__all__ = ["Connection", "Retirement", "connections"]
 
 _MIN_BYTES = 1024  # of a body in each timeout
 _MAX_HEAD_BYTES = 1 << 16
 _LINE_BYTES = 4  # of a header, besides its name and value
+
+
+@dataclass(eq=False)
+class Retirement:
+    """Of a web server: it accepts no more connections, and those that it has end or move.
+
+    Attributes:
+        has_begun: it has.
+        heirs: take connections; None if there are none.
+    """
+
+    has_begun: bool = False
+    heirs: Heirs | None = None
 
 
 class _Awaits(Enum):
@@ -42,7 +57,7 @@ class Connection(HttpToolsProtocol):
     """One connection. It checks itself now and then: a timer for each request would cost more."""
 
     read_timeout_s: float
-    retiring: asyncio.Event  # set when each connection may have one more answer
+    retirement: Retirement
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -103,18 +118,67 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self._await(_Awaits.BODY)
-        if self.retiring.is_set():
-            self.close_after_answer()
+        if self.retirement.has_begun:
+            self.retire()
 
-    def close_after_answer(self) -> None:
-        """Lets the answer to the present request say that the connection closes, if it can still.
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.retirement.has_begun:
+            self.retire()
 
-        A client that has the head of an answer without ``Connection: close`` may have sent its next
-        request before it can see the connection close. So such a connection stays open for one
-        more, or until it has been idle for too long.
+    def retire(self) -> None:
+        """Moves the connection to another process if it can, and otherwise lets it end in peace.
+
+        The answer to its present request then says that it closes. A client that has the head of an
+        answer without ``Connection: close`` may have sent its next request before it can see the
+        connection close. So such a connection stays open for one more, or until it has been idle
+        for too long.
         """
-        if not self._is_idle and not self.cycle.response_started:
+        if self._may_move:
+            self._move()
+        elif not self._can_move and not self._is_idle and not self.cycle.response_started:
             self.cycle.keep_alive = False
+
+    @property
+    def _can_move(self) -> bool:
+        """Whether there is another process, and nothing but the socket to move; not with TLS."""
+        return self.retirement.heirs is not None and self._is_plain
+
+    @property
+    def _may_move(self) -> bool:
+        """Whether nothing of a request or of an answer is in this process now."""
+        has_begun = self._awaits is _Awaits.BODY or (
+            self._awaits is _Awaits.HEAD and self._num_bytes > 0
+        )
+        return (
+            self._can_move
+            and self._is_idle
+            and not has_begun
+            and not self.pipeline
+            and not self.transport.is_closing()
+            and self.transport.get_write_buffer_size() == 0
+        )
+
+    def _move(self) -> None:
+        heirs = self.retirement.heirs
+        assert heirs is not None
+        # What the client sends from now on waits in the system.
+        self.transport.pause_reading()
+        if heirs.give(self.transport.get_extra_info("socket").fileno()):
+            self.transport.abort()  # closes this process's descriptor, not the connection
+        else:
+            self.transport.resume_reading()
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.transport.get_extra_info("sslcontext") is None
+
+    def resume(self) -> None:
+        """The connection was moved here: it has had no request for a while."""
+        self._await(_Awaits.NOTHING)
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -180,12 +244,12 @@ def _head_too_large() -> HeadTooLarge:
     return HeadTooLarge(f"the head of a request may have {_MAX_HEAD_BYTES} bytes")
 
 
-def connections(read_timeout_s: float, retiring: asyncio.Event) -> type[Connection]:
+def connections(read_timeout_s: float, retirement: Retirement) -> type[Connection]:
     """The class that uvicorn makes connections of.
 
     Args:
         read_timeout_s: ``request_read_timeout_s``.
-        retiring: set when the web server ends, and each connection with its next answer.
+        retirement: of the web server.
     """
-    values = {"read_timeout_s": read_timeout_s, "retiring": retiring}
+    values = {"read_timeout_s": read_timeout_s, "retirement": retirement}
     return type("ConfiguredConnection", (Connection,), values)

@@ -8,6 +8,7 @@ supervisor vanished, for whatever reason, ends itself, so no process is ever lef
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import TypeAlias
 
 import msgspec
@@ -80,11 +81,19 @@ class Done(_Note, frozen=True):
 
 
 class Succession(msgspec.Struct, frozen=True):
-    """What a server does so that its engine can follow another, and be followed."""
+    """The engines of a keeper, as each of them sees the others."""
 
-    # Unix sockets through which this engine and the one before answer for files and batches.
-    store_socket: str
-    predecessor_store_socket: str | None  # None for the first engine
+    directory: str  # of the keeper, with the sockets through which they reach one another
+    number: int  # of this engine
+    follows: bool  # another serves until this one is ready
+
+    def store_socket(self, number: int) -> str:
+        """Through which an engine answers for files and batches."""
+        return str(Path(self.directory, f"store-{number}.sock"))
+
+    def connections_socket(self, number: int, process: int | str) -> str:
+        """Through which a process that serves HTTP takes connections; "*" stands for all."""
+        return str(Path(self.directory, f"connections-{number}-{process}.sock"))
 
 
 class Assignment(_Note, frozen=True):
@@ -169,7 +178,7 @@ class Retire(_Note, frozen=True):
     """Supervisor to what answers clients: a new engine serves. Finish what is there, and exit."""
 
     timeout_s: float  # for everything in flight
-    store_socket: str  # through which the new engine answers for files and batches
+    successor: int  # the number of the new engine
 
 
 class Serving(_Note, frozen=True):

@@ -35,6 +35,7 @@ from tokasaurus.launch.text_process import TextProcess
 from tokasaurus.protocol.channels import Receiver
 from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.messages import ToServer, WorkerStall
+from tokasaurus.protocol.role import Role
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.preparation import Preparer
@@ -98,6 +99,10 @@ class ReplicatedEngine(ProgramEngine):
         """How many times a running sequence was preempted, as of about a second ago."""
         statistics = self.generations.statistics
         return 0 if statistics is None else statistics.num_preemptions
+
+    def manager_pid(self, replica: int) -> int:
+        """The process id of a manager, to measure it."""
+        return self._supervisor.pid(Role("manager", replica))
 
     @property
     def idle(self) -> bool:

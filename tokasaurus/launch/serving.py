@@ -15,6 +15,7 @@ from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.launch.http_relay import HTTPRelay
 from tokasaurus.launch.lifeline import Assignment, Joined, Left, Lifeline, Retire, Serving
+from tokasaurus.launch.moving_connections import Inheritance, heirs_of, inherit
 from tokasaurus.launch.store_keeping import StoreKeeping
 from tokasaurus.launch.text_process import TextProcess
 from tokasaurus.launch.tracing import close_tracing
@@ -61,9 +62,10 @@ class _Serving(TextProcess):
             place=self._store.place,
         )
         self._http = web_server(self.config, app, is_inner=is_inner)
-        succession = assignment.succession
+        self._succession = assignment.succession
+        self._inheritance: Inheritance | None = None
         self._accepts = asyncio.Event()
-        if is_inner or succession is None or succession.predecessor_store_socket is None:
+        if is_inner or self._succession is None or not self._succession.follows:
             self._accepts.set()
         self._reports: asyncio.Task[None] | None = None
 
@@ -111,6 +113,8 @@ class _Serving(TextProcess):
         await self._store.start()
         self._accepts.set()
         await self._http.wait_started()
+        if self._relay is None:
+            self._inheritance = inherit(self._succession, 0, self._http.adopt)
         scheme = "http" if config.ssl_certfile is None else "https"
         log.info("ready: %s at %s://%s:%d/v1", config.model_name, scheme, config.host, config.port)
         self._reports = asyncio.create_task(report(config, generations, self.state.history))
@@ -144,9 +148,14 @@ class _Serving(TextProcess):
     async def _retire(self, note: Retire) -> None:
         """Ends with the last connection and the last line of a batch."""
         self.state.is_retiring = True
-        handing = asyncio.create_task(self._store.hand_over(note.store_socket, note.timeout_s))
+        handing = asyncio.create_task(self._store.hand_over(note.successor, note.timeout_s))
         with contextlib.suppress(asyncio.TimeoutError):
-            last = self._http.retire() if self._relay is None else self._relay.all_left(None)
+            if self._relay is None:
+                if self._inheritance is not None:
+                    self._inheritance.close()
+                last = self._http.retire(heirs_of(self._succession, note.successor))
+            else:
+                last = self._relay.all_left(None)
             await asyncio.wait_for(last, note.timeout_s)
         await handing
         await self._store.passed_on_ended()

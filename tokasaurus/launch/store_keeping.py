@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-from pathlib import Path
 
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.batch.store import DirectoryInUse
@@ -51,7 +50,9 @@ class StoreKeeping:
         self._config = config
         self._state = state
         self._succession = succession
-        before = None if succession is None else succession.predecessor_store_socket
+        before = None
+        if succession is not None and succession.follows:
+            before = succession.store_socket(succession.number - 1)
         store = open_store(config) if before is None else None
         self.runner: BatchRunner = batch_runner(config, state, store)
         self.place = StorePlace(before)
@@ -90,11 +91,11 @@ class StoreKeeping:
             await asyncio.wait({self._taking})
         await self.runner.stop()
 
-    async def hand_over(self, successor_socket: str, timeout_s: float) -> None:
+    async def hand_over(self, successor: int, timeout_s: float) -> None:
         """Lets the lines in flight end, and leaves the store to the next engine.
 
         Args:
-            successor_socket: through which the next engine answers for files and batches.
+            successor: the number of the next engine.
             timeout_s: for the lines. Those that take longer begin again in the next engine.
         """
         self._listen()
@@ -105,7 +106,8 @@ class StoreKeeping:
         await self.runner.stop()
         await self.place.leave()
         await self.runner.give_up_store()
-        self.place.left(successor_socket)
+        assert self._succession is not None
+        self.place.left(self._succession.store_socket(successor))
         log.info("files and batches are left to the next engine")
 
     async def passed_on_ended(self) -> None:
@@ -125,9 +127,8 @@ class StoreKeeping:
         """Opens the socket for what another engine passes on."""
         if self._http is not None or self._succession is None:
             return
-        path = Path(self._succession.store_socket)
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(path))
+        listener.bind(self._succession.store_socket(self._succession.number))
         listener.listen(_BACKLOG)
         app = create_store_app(self._state, self.runner, self.place)
         self._http = web_server(self._config, app, is_inner=True)

@@ -204,6 +204,18 @@ class Supervisor:
         self._watcher.join()
         self._clean_up()
 
+    def pid(self, role: Role) -> int:
+        """The process id of a role that lives in a process of its own on this machine.
+
+        Raises:
+            LaunchError: there is none.
+        """
+        for member in list(self._members):
+            process = member.process
+            if member.role == role and process is not None and process.pid is not None:
+                return process.pid
+        raise LaunchError(f"the {role} has no process on this machine")
+
     @property
     def failure(self) -> Failed | None:
         """Why the engine has ended by itself; None if it has not."""
@@ -371,8 +383,7 @@ class Supervisor:
             elif isinstance(note, StepDown) and not self._stopping:
                 log.info("another engine serves; finishing what is in flight")
                 self._is_retiring = True
-                store_socket = keeper.successor_socket(note.successor)
-                self._stop_server(Retire(note.timeout_s, store_socket), note.timeout_s)
+                self._stop_server(Retire(note.timeout_s, note.successor), note.timeout_s)
 
     def _on_stop_requested(self) -> None:
         if self._stopping and not self._is_retiring:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Iterator
 
 import uvicorn
 from fastapi import FastAPI
 
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.launch.http_protocol import Connection, connections
+from tokasaurus.launch.http_protocol import Connection, Retirement, connections
+from tokasaurus.launch.moving_connections import Heirs
 from tokasaurus.server.http.access_log import ACCESS_LOGGER, AccessLog
 from tokasaurus.server.http.request_ids import RequestIds
 
@@ -32,24 +34,43 @@ class WebServer(uvicorn.Server):
 
     Args:
         config: uvicorn's.
-        retiring: that of its connections.
+        retirement: that of its connections.
     """
 
-    def __init__(self, config: uvicorn.Config, retiring: asyncio.Event) -> None:
+    def __init__(self, config: uvicorn.Config, retirement: Retirement) -> None:
         super().__init__(config)
-        self._retiring = retiring
+        self._retirement = retirement
+        self._adopting: set[asyncio.Task[None]] = set()
 
     async def wait_started(self) -> None:
         """Returns when connections are accepted."""
         while not self.started:
             await asyncio.sleep(_POLL_S)
 
-    async def retire(self) -> None:
-        """Accepts no more connections, and returns when the last one is closed.
+    def adopt(self, moved: socket.socket) -> None:
+        """Serves a connection that another process had accepted. The server has started."""
+        task = asyncio.get_running_loop().create_task(self._adopt(moved))
+        self._adopting.add(task)
+        task.add_done_callback(self._adopting.discard)
 
-        The listening socket stays open elsewhere, so a connection in its queue is not lost. Each
-        connection gets one more answer, with ``Connection: close``. One without a request closes
-        when it has been idle for as long as at any other time.
+    async def _adopt(self, moved: socket.socket) -> None:
+        loop, make = asyncio.get_running_loop(), self.config.http_protocol_class
+        assert issubclass(make, Connection)
+        _, connection = await loop.connect_accepted_socket(
+            lambda: make(
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            ),
+            moved,
+        )
+        connection.resume()
+
+    async def retire(self, heirs: Heirs | None = None) -> None:
+        """Accepts no more connections, and returns when none is left.
+
+        The listening socket stays open elsewhere, so a connection in its queue is not lost. With
+        ``heirs``, a connection without TLS goes to one of them as soon as no request is in it. Any
+        other connection gets one more answer, with ``Connection: close``; without a request it
+        closes when it has been idle for as long as at any other time.
         """
         if not self.started:
             return
@@ -61,13 +82,13 @@ class WebServer(uvicorn.Server):
         await asyncio.sleep(_POLL_S)
         for server in self.servers:
             server.close()
-        self._retiring.set()
-        for connection in self.server_state.connections:
-            assert isinstance(connection, Connection)
-            connection.close_after_answer()
+        self._retirement.heirs, self._retirement.has_begun = heirs, True
         num_quiet = 0  # looks in a row
         while num_quiet * _POLL_S < _QUIET_S:
             num_quiet = 0 if self.server_state.connections else num_quiet + 1
+            for connection in list(self.server_state.connections):
+                assert isinstance(connection, Connection)
+                connection.retire()
             await asyncio.sleep(_POLL_S)
 
     @contextlib.contextmanager
@@ -94,11 +115,11 @@ def web_server(
     for logger in ("uvicorn", ACCESS_LOGGER):
         logging.getLogger(logger).setLevel(level)
     layers = RequestIds(app if is_inner else AccessLog(app))
-    retiring = asyncio.Event()
+    retirement = Retirement()
     return WebServer(
         uvicorn.Config(
             layers,
-            http=connections(config.request_read_timeout_s, retiring),
+            http=connections(config.request_read_timeout_s, retirement),
             ws="none",
             log_config=None,  # logs go through the engine's own handler
             log_level=config.uvicorn_log_level,
@@ -111,5 +132,5 @@ def web_server(
             ssl_keyfile=None if is_inner else config.ssl_keyfile,
             backlog=num_accepted,
         ),
-        retiring,
+        retirement,
     )

@@ -6,8 +6,8 @@ keeps until the copy is done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokasaurus.protocol.arrays import Int32Array
 
-__all__ = ["Staged", "Staging", "pinned", "upload_indices"]
+__all__ = ["Later", "OnDevice", "Staged", "Staging", "pinned", "upload_indices"]
 
 _TORCH_TYPES: dict[np.dtype[Any], torch.dtype] = {
     np.dtype(np.int64): torch.int64,
@@ -28,8 +28,33 @@ _TORCH_TYPES: dict[np.dtype[Any], torch.dtype] = {
 }
 
 
+class OnDevice(Protocol):
+    """A tensor that is on the device once a staging buffer is sent."""
+
+    @property
+    def tensor(self) -> Tensor: ...
+
+
+class Later:
+    """Implements ``OnDevice``: made of tensors that are sent, or that are there.
+
+    Args:
+        make: is called when the tensor is first asked for.
+    """
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+        self._tensor: Tensor | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        if self._tensor is None:
+            self._tensor = self._make()
+        return self._tensor
+
+
 class Staged:
-    """An array that a staging buffer sends. ``Staging.add`` makes it."""
+    """Implements ``OnDevice``: an array that a staging buffer sends. ``Staging.add`` makes it."""
 
     def __init__(self, array: NDArray[Any]) -> None:
         self._shape = array.shape

@@ -125,12 +125,17 @@ def candidate(question: Question, layout: Layout, **flags: Any) -> Candidate:
 
 
 def layouts(question: Question) -> list[Layout]:
-    """All ways to deal the devices so that none is left over, within the sizes that are decided."""
+    """All ways to deal the devices so that none is left over, within the sizes that are decided.
+
+    Devices whose links are unknown only make replicas.
+    """
     count = question.num_devices
     found = []
     for tp_size, pp_size in itertools.product(_divisors(count), repeat=2):
         if count % (tp_size * pp_size) == 0:
             layout = Layout(count // (tp_size * pp_size), tp_size, pp_size)
+            if layout.dp_size < count and not question.device.can_be_joined:
+                continue
             decided = question.sizes
             if all(getattr(layout, name) == size for name, size in decided.items()):
                 found.append(layout)
@@ -156,7 +161,8 @@ def fitting(question: Question) -> dict[Layout, Candidate]:
     name, count = question.device.name, question.num_devices
     if not reasons:
         sizes = ", ".join(f"{key}={size}" for key, size in question.sizes.items())
-        raise ConfigError(f"gpus={count} cannot be dealt with {sizes}; change one of them")
+        reason = "" if question.device.can_be_joined else ": the links of the device are unknown"
+        raise ConfigError(f"gpus={count} cannot be dealt with {sizes}; change one of them{reason}")
     # The fewer replicas there are, the smaller is each device's part of the model.
     nearest = min(reasons, key=lambda layout: (layout.dp_size, layout.pp_size))
     raise ConfigError(

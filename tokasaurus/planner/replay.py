@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from tokasaurus.protocol.messages import (
     ForwardBatch,
     FromServer,
     FromWorker,
+    GenerateRequest,
     PromptLogprobs,
     RequestRejected,
     SequenceUpdates,
@@ -45,7 +46,7 @@ from tokasaurus.protocol.messages import (
     ToWorker,
 )
 
-__all__ = ["Replay", "Timing", "replay"]
+__all__ = ["MakeRequest", "Replay", "Timing", "replay"]
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,30 @@ class _Event(NamedTuple):
     message: FromServer | FromWorker
 
 
-def replay(trace: Sequence[TraceRequest], config: ManagerConfig, timing: Timing) -> Report:
+MakeRequest: TypeAlias = Callable[[TraceRequest, int], GenerateRequest]
+
+
+def replay(
+    trace: Sequence[TraceRequest],
+    config: ManagerConfig,
+    timing: Timing,
+    make_request: MakeRequest = generate_request,
+) -> Report:
     """Runs a trace to its end.
+
+    Args:
+        trace: what to run.
+        config: of the manager.
+        timing: how long everything takes.
+        make_request: the message of a request and its number in the trace, if its ids matter. Its
+            id and seed are the number.
 
     Raises:
         ProtocolError: a sequence got more or fewer tokens than the trace says, or never ended. This
             is a defect of the manager.
         ConfigError: the manager refuses a request of the trace.
     """
-    run = Replay(trace, config, timing)
+    run = Replay(trace, config, timing, make_request)
     while run.advance():
         pass
     return run.report()
@@ -82,7 +98,11 @@ class Replay:
     """One run, turn by turn. :func:`replay` runs a whole trace."""
 
     def __init__(
-        self, trace: Sequence[TraceRequest], config: ManagerConfig, timing: Timing
+        self,
+        trace: Sequence[TraceRequest],
+        config: ManagerConfig,
+        timing: Timing,
+        make_request: MakeRequest = generate_request,
     ) -> None:
         self._timing = timing
         self._manager = Manager(config)
@@ -95,7 +115,7 @@ class Replay:
         self._num_events = 0
         self._tally = Tally(trace)
         for number, request in enumerate(trace):
-            self.post(request.arrival_s, generate_request(request, number))
+            self.post(request.arrival_s, make_request(request, number))
 
     def advance(self) -> bool:
         """Runs one turn of the manager. Returns False if no event is left."""

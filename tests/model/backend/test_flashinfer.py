@@ -249,7 +249,7 @@ def test_two_wrappers_take_turns_and_wait_for_the_copy_of_their_last_plan(monkey
     assert turns == [turns[0], turns[1]] * 2 + [turns[0]]
     turn = turns[0]
     turn._copied = Event()
-    monkeypatch.setattr(turn._wrapper, "plan", lambda *_, **__: log.append(("plan", turn)))
+    monkeypatch.setattr(turn.wrapped, "plan", lambda *_, **__: log.append(("plan", turn)))
     turn.plan()
     assert [what for what, _ in log] == ["wait", "plan", "record"]
 

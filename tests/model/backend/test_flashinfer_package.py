@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import random
 from types import SimpleNamespace
 
 import flashinfer_stand_in as stand_in
@@ -15,9 +16,14 @@ import numpy as np
 import pytest
 import torch
 from attention_batches import CPU, DenseOracle, attend, make_cache, random_steps, random_world
+from checkpoints import VOCAB_SIZE
+from graph_stand_ins import RepeatingGraphs, add_graphs
 from rows import named
+from worker_driver import Enter, make_driver
 
-from tokasaurus.model.backend.base import ModelHeads
+from tokasaurus.model import backend as backends
+from tokasaurus.model.backend.base import ModelHeads, PrefixGroups, Rotation, SequenceRows
+from tokasaurus.model.backend.flashinfer import backend as backend_module
 from tokasaurus.model.backend.flashinfer.backend import FlashInferBackend
 from tokasaurus.model.backend.flashinfer.probe import why_not_built
 from tokasaurus.model.backend.reference import ReferenceBackend
@@ -39,7 +45,8 @@ class Kernels:
         return SimpleNamespace(plan=self.plan, paged_run=self.paged_run, ragged_run=None)
 
     def plan(self, *arguments):
-        """The kernel's plan reads these on the host, as numbers of 4 bytes."""
+        """The kernels' plan reads these on the host, as numbers of 4 bytes."""
+        assert all(len(workspace) > 0 for workspace in arguments[:3])
         for tensor in arguments[3:6]:
             assert tensor.dtype == torch.int32
             assert tensor.device == CPU
@@ -52,6 +59,8 @@ class Kernels:
         assert num_requests == len(query_starts) - 1 == len(page_starts) - 1 == len(lengths)
         assert torch.equal(ceil_div(lengths, page_size), page_starts.diff())
         self.calls.append((num_heads, num_kv_heads))
+        # A device gets the plan in a copy.
+        arguments[1].zero_()
         return [num_rows]
 
     def paged_run(self, *arguments):
@@ -194,3 +203,118 @@ def test_groups_match_the_reference(kernels):
 def test_the_probe_passes(kernels):
     heads = ModelHeads(32, 8, 64, torch.bfloat16)
     assert why_not_built(FlashInferBackend, heads, CPU) is None
+
+
+def decodes(source, page_table):
+    count = int(source.integers(1, 7))
+    lengths = source.integers(1, page_table.shape[1] * 16 + 1, count).astype(np.int32)
+    return SequenceRows(
+        slots=source.permutation(8)[:count].astype(np.int32),
+        query_starts=np.arange(count + 1, dtype=np.int32),
+        kv_lengths=lengths,
+        positions=lengths - 1,
+        page_table=page_table,
+        num_decodes=count,
+    )
+
+
+def rotation_of(num_rows):
+    angles = torch.rand(num_rows, 1, 32) * 6
+    return Rotation(angles.cos(), angles.sin())
+
+
+def test_a_plan_of_a_graph_attends_as_the_plan_of_each_batch_does(kernels):
+    """Attention is made once, as it is recorded. Rows without a sequence write nothing."""
+    num_heads, num_kv_heads, num_columns = 4, 2, 20
+    source = np.random.default_rng(0)
+    torch.manual_seed(0)
+    page_table = torch.randperm(8 * num_columns + 1).to(torch.int32)[1:].view(8, num_columns)
+    shape = 8 * num_columns + 1, 16, num_kv_heads, 64, torch.float16
+    caches = [make_cache(*shape) for _ in range(2)]
+    for one, other in zip(
+        caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True
+    ):
+        other.copy_(one.normal_())
+    plain, fixed = (FlashInferBackend(cache, num_heads) for cache in caches)
+    graph = fixed.graph_plan(6, page_table, num_columns * 16)
+    assert graph.fill(None)
+    recorded = graph.attention()
+    for step in range(6):
+        rows = decodes(source, page_table)
+        count = len(rows.slots)
+        heads = torch.full((6, num_heads + 2 * num_kv_heads, 64), torch.nan).half()
+        heads[:count].normal_()
+        rotation = rotation_of(6)
+        assert graph.fill(rows)
+        output = recorded.attend(0, heads, rotation, None)
+        exact = Rotation(*(each[:count] for each in rotation))
+        expected = plain.plan(rows).attend(0, heads[:count], exact, None)
+        with named(step):
+            torch.testing.assert_close(output[:count], expected)
+            assert torch.equal(caches[0].keys[0], caches[1].keys[0])
+            assert torch.equal(caches[0].values[0], caches[1].values[0])
+
+
+def test_graphs_share_room_and_each_has_tensors_of_its_own(kernels):
+    cache = make_cache(80, 16, 1, 64, torch.float16)
+    backend = FlashInferBackend(cache, 4)
+    large, small = (backend._wrappers.of_graph(count, 40).wrapped for count in (8, 2))
+    for name in ("_float_workspace_buffer", "_int_workspace_buffer"):
+        assert getattr(large, name) is getattr(small, name)
+    assert large._paged_kv_indices_buf is not small._paged_kv_indices_buf
+    assert backend._wrappers.of_graph(16, 40).wrapped._int_workspace_buffer.numel() > (
+        large._int_workspace_buffer.numel()
+    )
+
+
+def test_a_batch_with_a_group_is_not_planned_for_a_graph(kernels):
+    backend = FlashInferBackend(make_cache(160, 16, 1, 64, torch.float16), 4)
+    graph = backend.graph_plan(6, torch.zeros(8, 20, dtype=torch.int32), 320)
+    lengths, zero = np.full(4, 100, np.int32), np.zeros(1, np.int32)
+    rows = SequenceRows(
+        np.arange(4, dtype=np.int32),
+        np.arange(5, dtype=np.int32),
+        lengths,
+        lengths - 1,
+        torch.zeros(8, 20, dtype=torch.int32),
+        4,
+        PrefixGroups(zero, zero + 4, zero, zero, zero, zero + 2),
+    )
+    assert not graph.fill(rows)
+
+
+def test_graphs_give_the_tokens_of_the_reference(kernels, checkpoint, monkeypatch):
+    """Of sequences that decode together in changing numbers, as graphs of two sizes."""
+    monkeypatch.setattr(backend_module, "_why_not", lambda: None)
+    monkeypatch.setattr(backend_module, "_why_not_built", lambda _: None)
+    monkeypatch.setitem(backends._BACKENDS, "cpu", (FlashInferBackend, ReferenceBackend))
+    path = checkpoint("qwen3", num_heads=4, num_kv_heads=2, head_dim=64)
+    source = random.Random(0)
+    prompts = [[source.randrange(VOCAB_SIZE) for _ in range(n)] for n in (60, 7, 33)]
+
+    def tokens(attention):
+        driver = make_driver(
+            path,
+            attention=attention,
+            dtype="float16",
+            linear="plain",
+            max_tokens_per_forward=64,
+            max_seqs_per_forward=4,
+            num_slots=4,
+        )
+        graphs = None
+        if attention == "flashinfer":
+            graphs = add_graphs(driver.worker, (2, 4), 256, RepeatingGraphs)
+        driver.worker.warm_up()
+        found = []
+        for slot, prompt in enumerate(prompts):
+            driver.start(slot)
+            found += driver.step(prefill=[Enter(slot, prompt)]).token_ids.tolist()
+        for slots in ([0], [2, 0], [0, 1, 2], [1, 2], [1, 2, 0], [2, 1, 0]):
+            found += driver.step(decode=slots).token_ids.tolist()
+        return found, graphs
+
+    found, graphs = tokens("flashinfer")
+    assert graphs.recorded == [4, 2]
+    assert graphs.replayed == [2, 2, 4, 2, 4, 4]
+    assert found == tokens("reference")[0]

@@ -59,9 +59,11 @@ def draw_and_score(model, hidden, sampled, scored):
     """Every tensor that comes out when these rows draw, and those are scored."""
     adjustments = AdjustmentTable(NUM_ROWS, VOCAB_SIZE, History(NUM_ROWS, 1, 1, CPU), CPU)
     staging = Staging(CPU)
+    slots = np.arange(len(sampled), dtype=np.int32)
     drawing_rows = plan_draws(
-        np.array(sampled, np.int32),
-        np.arange(len(sampled), dtype=np.int32),
+        staging.add_indices(np.array(sampled, np.int32)),
+        slots,
+        staging.add_indices(slots),
         make_parameters(len(sampled)),
         adjustments,
         VOCAB_SIZE,

@@ -15,14 +15,21 @@ import pytest
 from certificates import make_certificate
 from fake_engine import CONFIG, RunningServer, with_config
 
+from tokasaurus.launch.moving_connections import Heirs, Inheritance
+from tokasaurus.protocol.messages import GenerateRequest
+
 BODY = {"model": "m", "prompt": "hello", "max_tokens": 5}
 
 
 class Retiring:
-    """A server, and a second holder of its listening socket, as a new engine is one."""
+    """A server, and a second holder of its listening socket, as a new engine is one.
 
-    def __init__(self, server: RunningServer) -> None:
+    With ``heirs``, the new engine takes connections, too.
+    """
+
+    def __init__(self, server: RunningServer, heirs: Heirs | None = None) -> None:
         self.server = server
+        self.heirs = heirs
         self.other = server._listener.dup()
         self._retired: concurrent.futures.Future[None] | None = None
 
@@ -30,7 +37,7 @@ class Retiring:
         """Returns when the server accepts no more."""
         assert self.server._loop is not None
         self._retired = asyncio.run_coroutine_threadsafe(
-            self.server._server.retire(), self.server._loop
+            self.server._server.retire(self.heirs), self.server._loop
         )
         while self.server._listener.fileno() != -1:
             self.server.settle()
@@ -93,9 +100,11 @@ def test_each_open_connection_has_one_more_answer_and_says_that_it_closes(retiri
 
 def test_a_stream_that_has_begun_ends_and_its_connection_has_one_more_answer(retiring):
     connection = connect(retiring.server)
+    retiring.server.engine.hold_at = 5
     stream = ask(connection, stream=True, max_tokens=60)
     assert stream.readline().startswith(b"data: ")
     retiring.retire()
+    retiring.server.engine.hold_at = None
     text = stream.read()
     assert text.rstrip().endswith(b"data: [DONE]")
     assert not closes(stream)  # it could not know
@@ -170,4 +179,106 @@ def test_connections_with_tls_retire_in_the_same_way(tmp_path):
         answer.read()
         assert closes(answer)
         retiring.wait_retired()
+        retiring.other.close()
+
+
+@pytest.fixture
+def moving(tmp_path) -> Iterator[tuple[Retiring, RunningServer]]:
+    """A server that retires, and the new one, which takes its connections."""
+    with RunningServer(CONFIG).running() as server, RunningServer(CONFIG).running() as new:
+        made: list[Inheritance] = []
+        path = str(tmp_path / "connections-2-0.sock")
+        new.call(lambda: made.append(Inheritance(path, new._server.adopt)))
+        each = Retiring(server, Heirs(str(tmp_path / "connections-2-*.sock")))
+        with contextlib.closing(each.other), contextlib.closing(each.heirs):
+            yield each, new
+        new.call(made[0].close)
+
+
+def num_requests(server: RunningServer) -> int:
+    return sum(isinstance(each, GenerateRequest) for each in server.engine.received)
+
+
+def test_idle_connections_move_and_their_clients_go_on(moving):
+    retiring, new = moving
+    used, unused = connect(retiring.server), connect(retiring.server)
+    ask(used).read()
+    used_address, unused_address = used.sock.getsockname(), unused.sock.getsockname()
+    retiring.retire()
+    retiring.wait_retired()
+    for connection in (used, unused, used):
+        answer = ask(connection)
+        answer.read()
+        assert not closes(answer)
+    assert used.sock.getsockname() == used_address
+    assert unused.sock.getsockname() == unused_address
+    assert (num_requests(retiring.server), num_requests(new)) == (1, 3)
+    new.advance(76)
+    assert used.sock.recv(1) == b""  # as any other idle connection
+
+
+def test_a_connection_moves_after_its_stream_and_with_what_was_sent_meanwhile(moving):
+    retiring, new = moving
+    connection = connect(retiring.server)
+    retiring.server.engine.hold_at = 5
+    stream = ask(connection, stream=True, max_tokens=60)
+    retiring.retire()
+    assert not retiring.has_retired
+    retiring.server.engine.hold_at = None
+    assert stream.read().rstrip().endswith(b"data: [DONE]")
+    retiring.wait_retired()
+    assert json.loads(ask(connection).read())["choices"]
+    assert (num_requests(retiring.server), num_requests(new)) == (1, 1)
+
+
+def test_a_connection_with_half_a_request_stays_until_it_is_answered(moving):
+    retiring, new = moving
+    body = json.dumps(BODY).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    clients = []
+    cuts = (3, len(head) - 1, len(head), len(head) + 5)
+    for cut in cuts:
+        client = socket.create_connection(("127.0.0.1", retiring.server.port), timeout=30)
+        client.sendall((head + body)[:cut])
+        clients.append(client)
+    retiring.server.settle()
+    retiring.retire()
+    for client, cut in zip(clients, cuts, strict=True):
+        for rest in ((head + body)[cut:], head + body):
+            client.sendall(rest)
+            answer = http.client.HTTPResponse(client)
+            answer.begin()
+            assert json.loads(answer.read())["choices"], cut
+        client.close()
+    retiring.wait_retired()
+    assert (num_requests(retiring.server), num_requests(new)) == (len(cuts), len(cuts))
+
+
+def test_a_client_that_asks_without_a_pause_is_moved_between_two_requests(moving):
+    retiring, new = moving
+    connection = connect(retiring.server)
+    ask(connection).read()
+    address = connection.sock.getsockname()
+    retiring.retire()
+    for _ in range(50):
+        answer = ask(connection)
+        answer.read()
+        assert not closes(answer)
+    assert connection.sock.getsockname() == address
+    retiring.wait_retired()
+    assert num_requests(new) > 40
+
+
+def test_without_anybody_to_take_them_connections_stay_where_they_are(tmp_path):
+    with RunningServer(CONFIG).running() as server:
+        retiring = Retiring(server, Heirs(str(tmp_path / "connections-2-*.sock")))
+        connection = connect(server)
+        ask(connection).read()
+        retiring.retire()
+        for _ in range(3):
+            ask(connection).read()
+        connection.close()
+        retiring.wait_retired()
+        assert num_requests(server) == 4
         retiring.other.close()

@@ -16,7 +16,14 @@ from typing import Any
 
 from tokasaurus.errors import ConfigError
 
-__all__ = ["SHAPES", "Shape", "cache_directory", "make_checkpoint", "make_once"]
+__all__ = [
+    "SHAPES",
+    "Shape",
+    "cache_directory",
+    "make_checkpoint",
+    "make_once",
+    "make_without_weights",
+]
 
 _SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 _LENGTH_LIMIT = 8192
@@ -131,6 +138,11 @@ def make_checkpoint(shape: Shape, directory: Path) -> None:
 
     tensors = dict(dummy_tensors(shape.tensors()))
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    make_without_weights(shape, directory)
+
+
+def make_without_weights(shape: Shape, directory: Path) -> None:
+    """Fills a directory with all of a checkpoint but its weights: for load_format=dummy."""
     files = {
         "config.json": shape.config(),
         "generation_config.json": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},

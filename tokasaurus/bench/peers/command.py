@@ -4,6 +4,8 @@
     toka-bench peers vllm=~/vllm/bin/python workloads=mixed dtypes=bfloat16 size=0.3
     toka-bench peers int8=T workloads=mixed            ours alone, with and without int8 weights
     toka-bench peers output=peers.json repetitions=0 plot=docs/images/peers.svg   draws a file only
+    toka-bench peers device=cuda vllm=~/vllm/bin/python sglang=~/sglang/bin/python size=64
+    toka-bench peers device=cuda vllm=~/vllm/bin/python dry_run=T                 what it would do
 
 =========  ======================================================================================
 mixed      96 prompts with nothing in common, log-normal lengths
@@ -20,6 +22,10 @@ use all cores, hold at most 256 sequences, 2,048 tokens a batch and caches of th
 *What products alone allow*: after the last repetition, the matrix products of the batches that
 just ran are replayed alone in the same process; their share is that time divided by the run's.
 
+With device=cuda ours runs in its own processes, the products alone are those of a roofline that is
+measured on the spot (``loads.bound_s``), and all engines hold more sequences.
+docs/performance.md says how to install a peer.
+
 The model has random weights, so nothing is downloaded. It is kept, with its export for OpenVINO, in
 ``$XDG_CACHE_HOME/tokasaurus/bench``.
 """
@@ -27,10 +33,11 @@ The model has random weights, so nothing is downloaded. It is kept, with its exp
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,16 +49,22 @@ from tokasaurus.bench.peers.checkpoint import (
     make_checkpoint,
     make_once,
 )
-from tokasaurus.bench.peers.processes import EngineProcess, export_openvino
+from tokasaurus.bench.peers.loads import Rates, bound_s
+from tokasaurus.bench.peers.processes import EngineProcess, driver_command, export_openvino
 from tokasaurus.bench.peers.results import Measurement, Results
 from tokasaurus.bench.peers.workloads import WORKLOADS, Workload
 from tokasaurus.bench.plot import check_plot
+from tokasaurus.bench.roofline import RooflineConfig, matrix_gflop_per_s, memory_gb_per_s
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.errors import ConfigError
 
 __all__ = ["SCHEMA", "PeersConfig", "run"]
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
+
+# Sequences, and tokens of a batch, of every engine: on a CPU as in the engines' defaults.
+_LIMITS = {"cpu": (256, 2048), "cuda": (4096, 16384)}
 _OURS, _INT8 = "tokasaurus", "int8"
 
 
@@ -59,6 +72,7 @@ _OURS, _INT8 = "tokasaurus", "int8"
 class PeersConfig:
     """What to compare."""
 
+    device: str = flag("cpu", choices=tuple(_DTYPES), help="That all engines run on.")
     vllm: str | None = flag(None, help="The Python that vLLM is installed in. None: without it.")
     openvino: str | None = flag(
         None,
@@ -66,21 +80,39 @@ class PeersConfig:
             "The Python that OpenVINO GenAI and optimum-intel are installed in. None: without them."
         ),
     )
+    sglang: str | None = flag(
+        None, help="The Python that SGLang is installed in, with device=cuda. None: without it."
+    )
     int8: bool = flag(False, help="Also run ours with quantization=int8, as one more engine.")
     workloads: tuple[str, ...] = flag(
         tuple(WORKLOADS), choices=tuple(WORKLOADS), help="What the engines run."
     )
-    dtypes: tuple[str, ...] = flag(
-        tuple(_ELEMENT_BYTES), choices=tuple(_ELEMENT_BYTES), help="Of weights and products."
+    dtypes: tuple[str, ...] | None = flag(
+        None,
+        choices=tuple(_ELEMENT_BYTES),
+        help="Of weights and products.",
+        usually="float32,bfloat16",
+        adapts="bfloat16 with device=cuda",
     )
     repetitions: int = flag(
         5, minimum=0, help="How often each engine runs each workload. 0: show what output has."
     )
     size: float = flag(1.0, help="The number of requests, as a multiple of the usual number.")
-    shape: str = flag(
-        "smollm2-135m", choices=tuple(SHAPES), help="The model's shape; its weights are random."
+    shape: str | None = flag(
+        None,
+        choices=tuple(SHAPES),
+        help="The model's shape; its weights are random.",
+        usually="smollm2-135m",
+        adapts="llama-1b with device=cuda",
     )
-    cache_gib: int = flag(4, minimum=1, help="GiB of each engine's KV cache.")
+    cache_gib: int | None = flag(
+        None,
+        minimum=1,
+        help="GiB of each engine's KV cache.",
+        usually="4",
+        adapts="64 with device=cuda",
+    )
+    dry_run: bool = flag(False, help="Print what would be run, and run nothing.")
     flags: tuple[str, ...] = flag(
         (), help="Further flags of our engine, such as flags=linear=plain,use_hydragen=F."
     )
@@ -102,6 +134,14 @@ class PeersConfig:
         for text in self.flags:
             if "=" not in text:
                 raise ConfigError(f"flags={text}: expected key=value")
+        if self.device == "cuda":
+            for name in ("openvino", "int8"):
+                if getattr(self, name):
+                    raise ConfigError(f"{name} runs on device=cpu only; leave it or device out")
+        elif self.sglang is not None:
+            raise ConfigError(
+                "sglang is compared with device=cuda only; set it, or leave sglang out"
+            )
         if not self.repetitions and not self.output:
             raise ConfigError("repetitions=0 shows the results of a file; name it with output=FILE")
 
@@ -114,6 +154,7 @@ SCHEMA = Schema(
         "toka-bench peers vllm=~/vllm/bin/python openvino=~/openvino/bin/python",
         "toka-bench peers vllm=~/vllm/bin/python workloads=mixed dtypes=bfloat16 size=0.3",
         "toka-bench peers output=peers.json repetitions=0 plot=peers.svg",
+        "toka-bench peers device=cuda vllm=~/vllm/bin/python sglang=~/sglang/bin/python size=64",
     ),
 )
 
@@ -137,25 +178,74 @@ def run(config: PeersConfig) -> None:
     """Measures and prints the results."""
     if config.plot:
         check_plot(config.plot)
+    config = _adapted(config)
     engines = list(_installed(config))
+    if config.dry_run:
+        print("\n".join(_plan(config, engines)))
+        return
     results = Results.read(config.output)
     if config.repetitions:
+        rates = _rates(config)
         _make_models(config, engines)
-        for dtype in config.dtypes:
-            _measure(config, dtype, engines, results)
+        for dtype in config.dtypes or ():
+            _measure(config, dtype, engines, results, rates.get(dtype))
     print(results.tables())
     if config.plot:
         results.plot(config.plot)
     print_json(results.as_json())
 
 
+def _adapted(config: PeersConfig) -> PeersConfig:
+    """The same, with what adapts to the device. Raises ConfigError if there is no such device."""
+    on_cuda = config.device == "cuda"
+    return replace(
+        config,
+        dtypes=config.dtypes or _DTYPES[config.device],
+        shape=config.shape or ("llama-1b" if on_cuda else "smollm2-135m"),
+        cache_gib=config.cache_gib or (64 if on_cuda else 4),
+    )
+
+
+def _plan(config: PeersConfig, engines: Sequence[_Installed]) -> Iterator[str]:
+    """The commands, and how often each engine runs each workload."""
+    for dtype in config.dtypes or ():
+        for engine in engines:
+            yield shlex.join(driver_command(engine.python, _settings(config, engine, dtype)))
+        for name in config.workloads:
+            workload = Workload(name, SHAPES[config.shape or ""].vocab_size, config.size)
+            requests = workload.requests()
+            tokens = sum(each.max_tokens * each.n for each in requests)
+            yield (
+                f"{config.repetitions} times each: {name} in {dtype}, {len(requests):,} requests,"
+                f" {sum(each.n for each in requests):,} completions, {tokens:,} tokens"
+            )
+
+
+def _rates(config: PeersConfig) -> dict[str, Rates]:
+    """Of the device in each dtype; none on a CPU, where the products are measured."""
+    if config.device == "cpu":
+        return {}
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("device=cuda: PyTorch finds no CUDA device here; dry_run=T needs none")
+    progress("measuring the device")
+    roofline = RooflineConfig(device=config.device)
+    read = 1e9 * memory_gb_per_s(roofline)
+    return {
+        dtype: Rates(1e9 * matrix_gflop_per_s(roofline, dtype), read)
+        for dtype in config.dtypes or ()
+    }
+
+
 def _installed(config: PeersConfig) -> Iterator[_Installed]:
     """The engines that the flags name, ours first. Raises ConfigError if one is not there."""
-    directory = cache_directory() / config.shape
+    directory = cache_directory() / (config.shape or "")
     yield _Installed(_OURS, sys.executable, directory / "checkpoint")
     if config.int8:
         yield _Installed(_INT8, sys.executable, directory / "checkpoint")
-    for name, model in (("vllm", "checkpoint"), ("openvino", "openvino")):
+    models = {"vllm": "checkpoint", "sglang": "checkpoint", "openvino": "openvino"}
+    for name, model in models.items():
         path = getattr(config, name)
         if path is None:
             continue
@@ -170,7 +260,7 @@ def _make_models(config: PeersConfig, engines: Sequence[_Installed]) -> None:
     checkpoint = engines[0].model
     if not checkpoint.is_dir():
         progress(f"making a checkpoint in {checkpoint}")
-        make_once(checkpoint, partial(make_checkpoint, SHAPES[config.shape]))
+        make_once(checkpoint, partial(make_checkpoint, SHAPES[config.shape or ""]))
     for engine in engines:
         if engine.name == "openvino" and not engine.model.is_dir():
             progress(f"exporting it for OpenVINO to {engine.model}")
@@ -178,7 +268,11 @@ def _make_models(config: PeersConfig, engines: Sequence[_Installed]) -> None:
 
 
 def _measure(
-    config: PeersConfig, dtype: str, engines: Sequence[_Installed], results: Results
+    config: PeersConfig,
+    dtype: str,
+    engines: Sequence[_Installed],
+    results: Results,
+    rates: Rates | None,
 ) -> None:
     """Runs all workloads in one dtype, and adds them to the results."""
     with contextlib.ExitStack() as stack:
@@ -193,13 +287,17 @@ def _measure(
             results.versions[process.name] = process.version
             running.append(process)
         for name in config.workloads:
-            workload = Workload(name, SHAPES[config.shape].vocab_size, config.size)
-            results.add(_measure_workload(config, dtype, workload, running))
+            workload = Workload(name, SHAPES[config.shape or ""].vocab_size, config.size)
+            results.add(_measure_workload(config, dtype, workload, running, rates))
             results.write(config.output)
 
 
 def _measure_workload(
-    config: PeersConfig, dtype: str, workload: Workload, engines: Sequence[EngineProcess]
+    config: PeersConfig,
+    dtype: str,
+    workload: Workload,
+    engines: Sequence[EngineProcess],
+    rates: Rates | None,
 ) -> Measurement:
     seconds: dict[str, list[float]] = {engine.name: [] for engine in engines}
     ours = engines[0]
@@ -218,14 +316,19 @@ def _measure_workload(
     # Directly before them, so that both meet the same machine.
     requests = workload.requests()
     run_s = ours.run(requests)
+    if rates is None:
+        products_s = ours.products(5)
+    else:
+        shape, max_seqs = SHAPES[config.shape or ""], _LIMITS[config.device][0]
+        products_s = bound_s(shape, _ELEMENT_BYTES[dtype], requests, max_seqs, rates, shares=True)
     return Measurement(
         dtype=dtype,
         workload=workload.name,
         size=config.size,
-        shape=config.shape,
+        shape=config.shape or "",
         tokens=tokens,
         seconds=seconds,
-        products_s=ours.products(5),
+        products_s=products_s,
         products_run_s=run_s,
         flags=config.flags,
         date=time.strftime("%Y-%m-%d"),
@@ -233,8 +336,10 @@ def _measure_workload(
 
 
 def _settings(config: PeersConfig, engine: _Installed, dtype: str) -> dict[str, object]:
-    cache_bytes = config.cache_gib << 30
-    token_bytes = SHAPES[config.shape].kv_bytes(_ELEMENT_BYTES[dtype])
+    cache_gib = config.cache_gib or 0
+    cache_bytes = cache_gib << 30
+    token_bytes = SHAPES[config.shape or ""].kv_bytes(_ELEMENT_BYTES[dtype])
+    max_seqs, batch_tokens = _LIMITS[config.device]
     flags = dict(text.split("=", 1) for text in config.flags)
     if engine.name == _INT8:
         flags["quantization"] = "int8"
@@ -242,8 +347,11 @@ def _settings(config: PeersConfig, engine: _Installed, dtype: str) -> dict[str, 
         "engine": engine.name,
         "model": str(engine.model),
         "dtype": dtype,
-        "cache_gib": config.cache_gib,
+        "device": config.device,
+        "max_seqs": max_seqs,
+        "batch_tokens": batch_tokens,
+        "cache_gib": cache_gib,
         "cache_tokens": cache_bytes // token_bytes // 16 * 16,
         "flags": flags,
-        "products": True,
+        "products": config.device == "cpu",
     }

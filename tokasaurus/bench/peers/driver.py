@@ -14,6 +14,8 @@ else the engine prints goes to standard error.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
 import sys
@@ -24,9 +26,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 if TYPE_CHECKING:
     from tokasaurus.bench.peers.products import RecordedBatches
 
-# Of every engine, as in the engine's defaults for a CPU.
-_MAX_SEQUENCES = 256
-_MAX_BATCH_TOKENS = 2048
 _LENGTH_LIMIT = 2048
 
 
@@ -56,8 +55,8 @@ class Tokasaurus:
         flags = {
             "dtype": settings["dtype"],
             "kv_cache_num_tokens": settings["cache_tokens"],
-            "max_seqs_per_forward": _MAX_SEQUENCES,
-            "max_tokens_per_forward": _MAX_BATCH_TOKENS,
+            "max_seqs_per_forward": settings["max_seqs"],
+            "max_tokens_per_forward": settings["batch_tokens"],
             **settings["flags"],
         }
         self._llm = LLM(settings["model"], **flags)
@@ -86,12 +85,47 @@ class Tokasaurus:
         return self._batches.replay(rounds)
 
 
-class Vllm:
-    """vLLM's build for CPUs."""
+class TokasaurusProcesses:
+    """Ours in processes of its own: the manager plans ahead while the device computes."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings["cache_gib"]))
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from tokasaurus.bench.peers.loads import loaded_engine
+        from tokasaurus.bench.peers.workloads import Request
+        from tokasaurus.version import __version__
+
+        self.version, self._request = __version__, Request
+        flags = {
+            "model": settings["model"],
+            "device": settings["device"],
+            "dtype": settings["dtype"],
+            "kv_cache_num_tokens": settings["cache_tokens"],
+            "max_seqs_per_forward": settings["max_seqs"],
+            "max_tokens_per_forward": settings["batch_tokens"],
+            **settings["flags"],
+        }
+        self._stack = contextlib.ExitStack()
+        self._engine = self._stack.enter_context(loaded_engine(flags))
+        atexit.register(self.close)
+
+    def run(self, requests: list[dict[str, Any]]) -> int:
+        self._engine.run([self._request(**each) for each in requests])
+        return sum(each["max_tokens"] * each["n"] for each in requests)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._stack.close()
+
+
+class Vllm:
+    """vLLM: on a CPU its build for CPUs, with the engine in this process."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        room: dict[str, Any] = {}
+        if settings["device"] == "cpu":
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings["cache_gib"]))
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        else:
+            room["kv_cache_memory_bytes"] = settings["cache_gib"] << 30
         import vllm
 
         self.version: str = vllm.__version__
@@ -100,10 +134,11 @@ class Vllm:
             settings["model"],
             dtype=settings["dtype"],
             max_model_len=_LENGTH_LIMIT,
-            max_num_seqs=_MAX_SEQUENCES,
-            max_num_batched_tokens=_MAX_BATCH_TOKENS,
+            max_num_seqs=settings["max_seqs"],
+            max_num_batched_tokens=settings["batch_tokens"],
             enable_prefix_caching=True,
             seed=0,
+            **room,
         )
 
     def run(self, requests: list[dict[str, Any]]) -> int:
@@ -123,6 +158,39 @@ class Vllm:
         return sum(len(each.token_ids) for output in outputs for each in output.outputs)
 
 
+class SGLang:
+    """SGLang's engine for programs, on CUDA."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import sglang
+
+        self.version: str = sglang.__version__
+        self._engine = sglang.Engine(
+            model_path=settings["model"],
+            dtype=settings["dtype"],
+            context_length=_LENGTH_LIMIT,
+            max_total_tokens=settings["cache_tokens"],
+            max_running_requests=settings["max_seqs"],
+            chunked_prefill_size=settings["batch_tokens"],
+            random_seed=0,
+        )
+
+    def run(self, requests: list[dict[str, Any]]) -> int:
+        outputs = self._engine.generate(
+            input_ids=[request["prompt"] for request in requests],
+            sampling_params=[
+                {
+                    "temperature": 1.0,
+                    "max_new_tokens": request["max_tokens"],
+                    "ignore_eos": True,
+                    "n": request["n"],
+                }
+                for request in requests
+            ],
+        )
+        return sum(output["meta_info"]["completion_tokens"] for output in outputs)
+
+
 class OpenVino:
     """OpenVINO GenAI's continuous batching; the model is an export of the checkpoint."""
 
@@ -133,8 +201,8 @@ class OpenVino:
         self._genai = genai
         scheduler = genai.SchedulerConfig()
         scheduler.cache_size = settings["cache_gib"]
-        scheduler.max_num_seqs = _MAX_SEQUENCES
-        scheduler.max_num_batched_tokens = _MAX_BATCH_TOKENS
+        scheduler.max_num_seqs = settings["max_seqs"]
+        scheduler.max_num_batched_tokens = settings["batch_tokens"]
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = True
         precision = {"float32": "f32", "bfloat16": "bf16"}[settings["dtype"]]
@@ -169,14 +237,23 @@ ENGINES: dict[str, Callable[[dict[str, Any]], Engine]] = {
     "tokasaurus": Tokasaurus,
     "int8": Tokasaurus,
     "vllm": Vllm,
+    "sglang": SGLang,
     "openvino": OpenVino,
 }
+
+
+def make_engine(settings: dict[str, Any]) -> Engine:
+    """Loads the engine that the settings name."""
+    name = settings["engine"]
+    if name == "tokasaurus" and settings["device"] != "cpu":
+        return TokasaurusProcesses(settings)
+    return ENGINES[name](settings)
 
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
     answers = _take_standard_output()
-    engine = ENGINES[settings["engine"]](settings)
+    engine = make_engine(settings)
     engine.run([{"prompt": [11, 12, 13], "max_tokens": 4, "n": 1}])
     _answer(answers, {"version": engine.version})
     for line in sys.stdin:

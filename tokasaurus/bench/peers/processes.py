@@ -15,7 +15,7 @@ import tokasaurus
 from tokasaurus.bench.peers.workloads import Request
 from tokasaurus.errors import ConfigError, EngineDead
 
-__all__ = ["EngineProcess", "export_openvino"]
+__all__ = ["EngineProcess", "driver_command", "export_openvino"]
 
 _DRIVER = Path(__file__).with_name("driver.py")
 _TAIL_LINES = 12
@@ -48,7 +48,7 @@ class EngineProcess:
             environment["PYTHONPATH"] = str(Path(tokasaurus.__file__).parent.parent)
         try:
             self._process = subprocess.Popen(
-                [python, str(_DRIVER), json.dumps(settings)],
+                driver_command(python, settings),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
@@ -65,6 +65,11 @@ class EngineProcess:
         self._process.kill()
         self._process.communicate()
         self._log.close()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
 
     def await_ready(self) -> None:
         """Waits until the model is loaded. Raises EngineDead if the process has ended."""
@@ -109,6 +114,11 @@ class EngineProcess:
     def _tail(self) -> str:
         self._log.seek(0)
         return "".join(self._log.readlines()[-_TAIL_LINES:])
+
+
+def driver_command(python: str, settings: dict[str, Any]) -> list[str]:
+    """The command of an engine's process."""
+    return [python, str(_DRIVER), json.dumps(settings)]
 
 
 def export_openvino(python: str, checkpoint: Path, directory: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tokasaurus.bench.machine import machine
 from tokasaurus.bench.output import markdown_table
 from tokasaurus.bench.peers.chart import Bar, Group, write_chart
 from tokasaurus.errors import ConfigError
@@ -121,7 +120,7 @@ class Results:
 
     def as_json(self) -> dict[str, Any]:
         measurements = [asdict(each) for each in self.measurements.values()]
-        return {"machine": _machine(), "versions": self.versions, "measurements": measurements}
+        return {"machine": machine(), "versions": self.versions, "measurements": measurements}
 
     def tables(self) -> str:
         """The results in Markdown."""
@@ -149,21 +148,3 @@ class Results:
             alone = Bar("products alone", each.rate(_OURS) / each.products_share)
             panels.setdefault(each.dtype, []).append(Group(each.title, [*bars, alone]))
         write_chart(path, panels)
-
-
-def _machine() -> dict[str, Any]:
-    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0))}
-
-
-def _processor() -> str:
-    return next(_model_names(), platform.processor() or platform.machine())
-
-
-def _model_names() -> Iterator[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        if line.startswith("model name"):
-            yield line.split(":", 1)[1].strip()

@@ -12,7 +12,6 @@ from tokasaurus.launch.keeping.notes import (
     Engineward,
     Keeperward,
     Standing,
-    store_socket,
 )
 from tokasaurus.launch.lifeline import MayRetire, Succession
 
@@ -45,13 +44,8 @@ class KeeperEnd:
     @property
     def succession(self) -> Succession:
         """What the server does to follow the engine before, and to be followed."""
-        number = self._begin.number
-        before = None if self._begin.predecessor is None else self._socket_of(number - 1)
-        return Succession(self._socket_of(number), before)
-
-    def successor_socket(self, number: int) -> str:
-        """Through which another engine answers for files and batches."""
-        return self._socket_of(number)
+        begin = self._begin
+        return Succession(begin.directory, begin.number, begin.predecessor is not None)
 
     def tell_standing(
         self, slices: EngineSlices, answer: MayRetire, process_ids: Iterable[int]
@@ -76,6 +70,3 @@ class KeeperEnd:
                 untaken_plan=arithmetic,
             )
         )
-
-    def _socket_of(self, number: int) -> str:
-        return store_socket(self._begin.directory, number)

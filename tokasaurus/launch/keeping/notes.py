@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 from typing import TypeAlias
 
 import msgspec
@@ -29,7 +28,6 @@ __all__ = [
     "Standing",
     "StepDown",
     "Watches",
-    "store_socket",
 ]
 
 LANGUAGE = 1
@@ -141,13 +139,3 @@ class EngineLink(NoteSocket[Engineward | Keeperward]):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock, _of_engines)
-
-
-def store_socket(directory: str, number: int) -> str:
-    """The path of the Unix socket through which an engine answers for files and batches.
-
-    Args:
-        directory: of the keeper.
-        number: of the engine.
-    """
-    return str(Path(directory, f"store-{number}.sock"))

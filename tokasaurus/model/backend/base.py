@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.model.upload import Staging
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 
 __all__ = [
@@ -102,6 +103,8 @@ class SequenceRows:
         page_table: [slots, pages] int32, on the device.
         num_decodes: sequences of one row that come first in the batch, and decode.
         groups: sequences that share pages. A backend may ignore them.
+        decode_slots: [decodes] int32, on the device; None if the device does not know them.
+        decode_lengths: [decodes] int32, likewise.
     """
 
     slots: Int32Array
@@ -111,6 +114,17 @@ class SequenceRows:
     page_table: Tensor
     num_decodes: int = 0
     groups: PrefixGroups = NO_GROUPS
+    decode_slots: Tensor | None = None
+    decode_lengths: Tensor | None = None
+
+    def decodes_on_device(self) -> tuple[Tensor, Tensor]:
+        """Slots and lengths of the sequences that decode, [decodes] int32 each."""
+        if self.decode_slots is not None and self.decode_lengths is not None:
+            return self.decode_slots, self.decode_lengths
+        count, staging = self.num_decodes, Staging(self.page_table.device)
+        slots, lengths = staging.add(self.slots[:count]), staging.add(self.kv_lengths[:count])
+        staging.send()
+        return slots.tensor.clone(), lengths.tensor
 
     def most_tokens(self) -> int:
         """Of a sequence; 0 if there is none."""
@@ -324,12 +338,14 @@ class ModelHeads:
         num_kv_heads: key heads, and as many value heads.
         head_dim: numbers of a head.
         dtype: of the heads.
+        kept_dtype: of keys and values in the cache; None for that of the heads.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    kept_dtype: torch.dtype | None = None
 
 
 class Backend(Protocol):

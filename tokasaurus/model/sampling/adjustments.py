@@ -219,6 +219,10 @@ class AdjustmentTable:
             table.clear()
         self._history.clear()
 
+    def asks(self, slots: Int32Array) -> bool:
+        """Whether any of these slots asks for adjustments."""
+        return bool(self._adjustments) and bool(self._asks[slots].any())
+
     def plan(
         self, slots: Int32Array, num_generated: Int32Array, staging: Staging
     ) -> PlannedAdjustments | None:
@@ -232,11 +236,9 @@ class AdjustmentTable:
         Returns:
             None if no slot asks.
         """
-        if not self._adjustments:
+        if not self.asks(slots):
             return None
         asking = self._asks[slots]
-        if not asking.any():
-            return None
         layout = self._layout(slots, asking, staging)
         return PlannedAdjustments(
             layout, num_generated[asking], self._history, self._vocab_size, staging

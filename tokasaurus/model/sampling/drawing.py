@@ -16,12 +16,12 @@ from torch import Tensor
 from tokasaurus.model.architectures.llama_model import LlamaModel
 from tokasaurus.model.backend.base import SamplingKernels
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
-from tokasaurus.model.sampling.draws import plan_row_draws
+from tokasaurus.model.sampling.draws import Draws, KernelDraws, plan_row_draws
 from tokasaurus.model.sampling.logprobs import Logprobs, logprobs_of, plan_logprobs
 from tokasaurus.model.sampling.matchers import TokenMasks
 from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.rows import DrawingPart, PromptRows, SamplingRows, ScoringPart
-from tokasaurus.model.upload import Staging
+from tokasaurus.model.upload import OnDevice, Staging
 from tokasaurus.protocol.arrays import Int32Array
 
 __all__ = ["draw_tokens", "give_logits", "plan_draws", "plan_scores", "score_prompts"]
@@ -32,43 +32,53 @@ _MAX_LOGITS = 1 << 25
 
 
 def plan_draws(
-    rows: Int32Array,
+    rows: OnDevice | None,
     slots: Int32Array,
-    parameters: SamplingParameters,
+    device_slots: OnDevice,
+    table: SamplingParameters,
     adjustments: AdjustmentTable,
     vocab_size: int,
     staging: Staging,
     kernels: SamplingKernels | None = None,
+    draws: OnDevice | None = None,
 ) -> SamplingRows:
     """Plans the draws of a batch.
 
     Args:
-        rows: [sampling rows], among those of the batch.
+        rows: as in ``SamplingRows``, like the next two.
         slots: [sampling rows], that draw.
-        parameters: of the same rows.
+        device_slots: the same on the device.
+        table: the parameters of all slots.
         adjustments: of all slots. Their histories go on as if the tokens were drawn.
         vocab_size: of the model.
         staging: sends what the draws need.
         kernels: of the device; None if it has none of its own.
+        draws: for the kernels, [sampling rows, bytes] uint8, a ``DRAW`` for each.
     """
+    num_top = int(table["num_logprobs"][slots].max(initial=-1))
+    is_adjusted = adjustments.asks(slots)
+    # Where a kernel draws and nothing else is asked for, the device has all that it needs.
+    is_known = draws is not None and num_top < 0 and not is_adjusted
+    parameters = table.take(slots[:0] if is_known else slots)
     parts = []
-    for part in _parts(len(rows), vocab_size):
+    for part in _parts(len(slots), vocab_size):
         some = parameters.take(part)
-        parts.append(
-            DrawingPart(
-                part,
-                plan_row_draws(some, vocab_size, staging, kernels),
-                plan_logprobs(some, vocab_size, staging, kernels),
-                adjustments.plan(slots[part], some["num_generated"], staging),
-            )
-        )
-    num_logprobs = int(parameters["num_logprobs"].max(initial=-1))
+        row_draws: Draws
+        if kernels is None or draws is None:
+            row_draws = plan_row_draws(some, vocab_size, staging, kernels)
+        else:
+            row_draws = KernelDraws(kernels, draws, part)
+        logprobs = plan_logprobs(some, vocab_size, staging, kernels) if num_top >= 0 else []
+        adjusted = None
+        if is_adjusted:
+            adjusted = adjustments.plan(slots[part], some["num_generated"], staging)
+        parts.append(DrawingPart(part, row_draws, logprobs, adjusted))
     return SamplingRows(
-        staging.add_indices(rows),
+        rows,
         slots,
-        staging.add_indices(slots),
+        device_slots,
         parts,
-        num_logprobs if num_logprobs >= 0 else None,
+        num_top if num_top >= 0 else None,
         adjustments.plan_record(slots, staging),
     )
 
@@ -117,7 +127,7 @@ def draw_tokens(
     sent = masks.send(hidden.device) if masks is not None else None
     logprobs = []
     for part in rows.parts:
-        logits = adjusted = _logits(model, hidden, rows.rows.tensor[part.rows])
+        logits = adjusted = model.logits(_hidden_of(hidden, rows.rows, part.rows))
         if part.adjustments is not None:
             adjusted = part.adjustments.apply(logits)
         if sent is not None:
@@ -138,7 +148,7 @@ def score_prompts(model: LlamaModel, hidden: Tensor, rows: PromptRows) -> Logpro
     """
     logprobs = []
     for part in rows.parts:
-        logits = _logits(model, hidden, rows.rows.tensor[part.rows])
+        logits = model.logits(_hidden_of(hidden, rows.rows, part.rows))
         next_ids = rows.next_ids.tensor[part.rows]
         logprobs.append(logprobs_of(logits, next_ids, part.logprobs, rows.num_top, with_ranks=True))
     return Logprobs.joined(logprobs)
@@ -158,10 +168,10 @@ def give_logits(
         prompt: rows that are scored, if there are any.
     """
     for part in rows.parts:
-        _logits(model, hidden, rows.rows.tensor[part.rows])
+        model.logits(_hidden_of(hidden, rows.rows, part.rows))
     if prompt is not None:
         for scored in prompt.parts:
-            _logits(model, hidden, prompt.rows.tensor[scored.rows])
+            model.logits(_hidden_of(hidden, prompt.rows, scored.rows))
 
 
 def _parts(num_rows: int, vocab_size: int) -> Iterator[slice]:
@@ -171,6 +181,6 @@ def _parts(num_rows: int, vocab_size: int) -> Iterator[slice]:
         yield slice(start, min(start + step, num_rows))
 
 
-def _logits(model: LlamaModel, hidden: Tensor, rows: Tensor) -> Tensor:
-    """[rows, vocabulary] in the model's dtype; [0, vocabulary] at a rank that does not sample."""
-    return model.logits(hidden[rows])
+def _hidden_of(hidden: Tensor, rows: OnDevice | None, part: slice) -> Tensor:
+    """[rows of the part, hidden]."""
+    return hidden[part] if rows is None else hidden.index_select(0, rows.tensor[part])

@@ -13,9 +13,9 @@ from tokasaurus.model.backend.base import DRAW, SamplingKernels
 from tokasaurus.model.sampling.kinds import RowsOfKind, draw_rows, plan_rows
 from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.sampler import draw
-from tokasaurus.model.upload import Staged, Staging
+from tokasaurus.model.upload import OnDevice, Staging
 
-__all__ = ["Draws", "plan_row_draws"]
+__all__ = ["Draws", "KernelDraws", "plan_row_draws"]
 
 
 class Draws(Protocol):
@@ -44,14 +44,21 @@ class _TorchDraws:
 
 
 @dataclass(frozen=True, eq=False)
-class _KernelDraws:
-    """Implements ``Draws`` by a kernel. ``rows`` is [rows, bytes] uint8, a ``DRAW`` for each."""
+class KernelDraws:
+    """Implements ``Draws`` by a kernel.
+
+    Attributes:
+        kernels: of the device.
+        rows: [all rows, bytes] uint8, a ``DRAW`` for each.
+        part: those that draw.
+    """
 
     kernels: SamplingKernels
-    rows: Staged
+    rows: OnDevice
+    part: slice
 
     def draw(self, logits: Tensor) -> Tensor:
-        return self.kernels.draw(logits, self.rows.tensor)
+        return self.kernels.draw(logits, self.rows.tensor[self.part])
 
 
 def plan_row_draws(
@@ -71,4 +78,5 @@ def plan_row_draws(
     if kernels is None:
         return _TorchDraws(plan_rows(parameters, vocab_size, staging, draws=True))
     rows = draw_rows(parameters)
-    return _KernelDraws(kernels, staging.add(rows.view(np.uint8).reshape(-1, DRAW.itemsize)))
+    staged = staging.add(rows.view(np.uint8).reshape(-1, DRAW.itemsize))
+    return KernelDraws(kernels, staged, slice(None))

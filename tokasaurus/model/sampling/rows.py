@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tokasaurus.model.sampling.adjustments import PlannedAdjustments, Recording
 from tokasaurus.model.sampling.draws import Draws
 from tokasaurus.model.sampling.logprobs import RowsOfMode
-from tokasaurus.model.upload import Staged
+from tokasaurus.model.upload import OnDevice, Staged
 from tokasaurus.protocol.arrays import Int32Array
 
 __all__ = ["DrawingPart", "PromptRows", "SamplingRows", "ScoringPart"]
@@ -38,7 +38,8 @@ class SamplingRows:
     """The rows to draw from, in the order of the results: decode rows, then draws of prompts.
 
     Attributes:
-        rows: [sampling rows] int64. The row of a prompt that forks occurs once for each draw.
+        rows: [sampling rows] int64. The row of a prompt that forks occurs once for each draw. None
+            if they are all rows of the batch, in order.
         slots: [sampling rows], the slot that draws.
         device_slots: the same in int64, on the device.
         parts: all rows, a part of bounded size at a time.
@@ -47,9 +48,9 @@ class SamplingRows:
         recording: remembers the tokens of the rows that need it, if any does.
     """
 
-    rows: Staged
+    rows: OnDevice | None
     slots: Int32Array
-    device_slots: Staged
+    device_slots: OnDevice
     parts: list[DrawingPart]
     num_top: int | None
     recording: Recording | None

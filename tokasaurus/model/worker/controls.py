@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ class Outcome:
 
     error: str | None
     weights_ready: bool
+    has_arrived: ClassVar[bool] = True
 
     def result(self, number: int, device_s: float) -> ControlDone:
         return ControlDone(number, self.error, self.weights_ready)
@@ -242,7 +244,7 @@ class Controls:
 
         def joined(name: str) -> Tensor:
             """[kv_heads, num_tokens, head_dim]"""
-            parts = [tensors[name].to(cache.dtype) for tensors in files]
+            parts = [tensors[name].to(cache.heads_dtype) for tensors in files]
             return torch.cat(parts).transpose(0, 1)
 
         cache.write_pages(

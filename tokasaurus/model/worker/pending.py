@@ -25,6 +25,11 @@ __all__ = ["Answer", "InFlight", "Outputs", "Pending", "naming"]
 class Answer(Protocol):
     """What a batch or a control gives, perhaps still on its way to the host."""
 
+    @property
+    def has_arrived(self) -> bool:
+        """Whether ``result`` would return without waiting."""
+        ...
+
     def result(self, number: int, device_s: float) -> FromWorker:
         """Waits for its arrival, and puts it into a message."""
         ...
@@ -73,6 +78,12 @@ class Outputs:
         no_ids = Download(torch.empty(0, dtype=torch.int64))
         return cls(no_ids, nothing, nothing, None, None, NO_GROUPED_ROWS, 0, waited_s)
 
+    @property
+    def has_arrived(self) -> bool:
+        pooled = () if self._pooled is None else (self._pooled,)
+        downloads = (self._token_ids, *self._drawn, *self._prompt, *pooled)
+        return all(each.has_arrived for each in downloads)
+
     def result(self, number: int, device_s: float) -> ForwardResult:
         logprobs, top_ids, top_logprobs = (each.array() for each in self._drawn)
         prompt_logprobs, ranks, prompt_top_ids, prompt_top = (each.array() for each in self._prompt)
@@ -116,7 +127,7 @@ class Pending:
     @property
     def is_done(self) -> bool:
         """Whether ``collect`` would return without waiting."""
-        return self._clock.is_done
+        return self._clock.is_done and self._answer.has_arrived
 
     def collect(self) -> FromWorker:
         """Waits for the end. Each is collected once, in the order of the numbers.

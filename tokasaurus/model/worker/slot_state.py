@@ -1,8 +1,9 @@
 """The worker's memory of each slot between batches.
 
-The device holds what the device itself writes or reads: page tables and last tokens. Lengths,
-counts and sampling parameters are numpy arrays on the host. They depend on the batches alone, never
-on the sampled tokens, so the host prepares a batch without waiting for the previous one.
+The device holds what it writes or reads itself (``device_tables``). The host holds lengths, counts
+and sampling parameters, too, in numpy arrays: with these it checks batches and plans what some of
+them ask for. They depend on the batches alone, never on the sampled tokens, so the host prepares a
+batch without waiting for the previous one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
 from tokasaurus.model.sampling.slot_names import SlotNames
 from tokasaurus.model.upload import Staged, Staging
+from tokasaurus.model.worker.device_tables import DeviceTables
 from tokasaurus.model.worker.pooling import PlannedPooling, Pooler
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
@@ -110,10 +112,9 @@ class SlotState:
         self._vocab_size = vocab_size
         self._num_columns = ceil_div(max_request_tokens, page_size)
         self._device = device
-        self.page_table = torch.zeros(
-            num_slots, self._num_columns, dtype=torch.int32, device=device
+        self._tables = DeviceTables(
+            num_slots, self._num_columns, device, has_draws=kernels is not None
         )
-        self.last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.lengths: Int32Array = np.zeros(num_slots, np.int32)
         # Columns of the page table in use.
         self.pages_held: Int32Array = np.zeros(num_slots, np.int32)
@@ -128,6 +129,16 @@ class SlotState:
         self.pooler = Pooler()
 
     @property
+    def page_table(self) -> Tensor:
+        """[slots, columns] int32, on the device; always the same tensor."""
+        return self._tables.page_table
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """[slots] int64, on the device; always the same tensor."""
+        return self._tables.last_tokens
+
+    @property
     def _num_remembered(self) -> int:
         return _HISTORY_SHARE * self._num_pages * self._page_size
 
@@ -138,8 +149,7 @@ class SlotState:
 
     def clear(self) -> None:
         """Forgets all slots in place: tensors stay where they are."""
-        self.page_table.zero_()
-        self.last_tokens.zero_()
+        self._tables.clear()
         self.lengths[:] = self.pages_held[:] = 0
         self.sampling.clear()
         self.adjustments.clear()
@@ -173,23 +183,21 @@ class SlotState:
         query_starts = np.concatenate((np.zeros(1, np.int32), ends))
         num_rows = int(query_starts[-1])
         positions = np.arange(num_rows, dtype=np.int32) + np.repeat(firsts - ends + counts, counts)
-        sampled_rows = np.concatenate(
-            (np.arange(num_decodes, dtype=np.int32), ends[num_decodes:][batch.draw_chunks] - 1)
-        )
         sampled_slots = np.concatenate((batch.decode_slots, batch.draw_slots))
         self._fork(batch, lengths[num_decodes:])
         scored_rows, next_ids = self._scored(batch)
         groups = self._groups(batch, firsts)
-        staged_positions = staging.add_indices(positions)
-        prompt_ids = staging.add_indices(batch.prefill_ids) if len(batch.prefill_ids) else None
+        changes = self._tables.plan(batch, lengths[num_decodes:], self.sampling, staging)
         sampling = plan_draws(
-            sampled_rows,
+            changes.sampled_rows,
             sampled_slots,
-            self.sampling.take(sampled_slots),
+            changes.sampled_slots,
+            self.sampling,
             self.adjustments,
             self._vocab_size,
             staging,
             self._kernels,
+            changes.draws,
         )
         self.sampling["num_generated"][sampled_slots] += 1
         prompt = None
@@ -202,18 +210,12 @@ class SlotState:
         early_copies = _staged_copies(batch.early_copy_sources, batch.early_copy_targets, staging)
         pooling = self.pooler.plan(batch, staging)
         copies = _staged_copies(batch.copy_sources, batch.copy_targets, staging)
-        entries = self._staged_entries(batch, staging)
         staging.send()
-        if entries is not None:
-            slots_of_entries, columns, pages = (each.tensor for each in entries)
-            self.page_table[slots_of_entries, columns] = pages
+        device_rows = changes.apply()
         self.adjustments.write_entries()
         return PlannedBatch(
-            inputs=self._ids(
-                sampling.device_slots.tensor[:num_decodes],
-                None if prompt_ids is None else prompt_ids.tensor,
-            ),
-            positions=staged_positions.tensor,
+            inputs=device_rows.inputs,
+            positions=device_rows.positions,
             sequences=SequenceRows(
                 slots=slots,
                 query_starts=query_starts,
@@ -222,6 +224,8 @@ class SlotState:
                 page_table=self.page_table,
                 num_decodes=num_decodes,
                 groups=groups,
+                decode_slots=device_rows.decode_slots,
+                decode_lengths=device_rows.decode_lengths,
             ),
             sampling=sampling,
             prompt=prompt,
@@ -229,24 +233,6 @@ class SlotState:
             early_copies=early_copies,
             copies=copies,
         )
-
-    def _staged_entries(
-        self, batch: ForwardBatch, staging: Staging
-    ) -> tuple[Staged, Staged, Staged] | None:
-        """Slots, columns and pages of the page table's new entries; None if there are none."""
-        # Most batches decode only, and change few tables.
-        if not len(batch.table_slots):
-            return None
-        return (
-            staging.add_indices(batch.table_slots),
-            staging.add_indices(batch.table_columns),
-            staging.add(batch.table_pages),
-        )
-
-    def _ids(self, decode_slots: Tensor, prompt_ids: Tensor | None) -> Tensor:
-        if prompt_ids is None:
-            return self.last_tokens[decode_slots]
-        return torch.cat((self.last_tokens[decode_slots], prompt_ids))
 
     def _groups(self, batch: ForwardBatch, firsts: Int32Array) -> PrefixGroups:
         """The groups of the batch, checked: all rows come behind the pages of their groups.
@@ -300,7 +286,7 @@ class SlotState:
             rows: that drew.
             token_ids: [rows] int64, on the device.
         """
-        self.last_tokens[rows.device_slots.tensor] = token_ids
+        self._tables.last_tokens.index_copy_(0, rows.device_slots.tensor, token_ids)
         if rows.recording is not None:
             rows.recording.record(token_ids)
 

@@ -28,11 +28,17 @@ from tokasaurus.model.backend.base import (
     SamplingKernels,
     SequenceRows,
 )
+from tokasaurus.model.backend.flashinfer.graphs import FlashInferGraphPlan
+from tokasaurus.model.backend.flashinfer.heads import (
+    StoredHeads,
+    appended_by_flashinfer,
+    stored_by_triton,
+)
 from tokasaurus.model.backend.flashinfer.library import import_library, why_not, why_not_heads
-from tokasaurus.model.backend.flashinfer.page_lists import SentPlan, send
+from tokasaurus.model.backend.flashinfer.page_lists import PageLists
 from tokasaurus.model.backend.flashinfer.planning import BatchPlan, plan_calls
 from tokasaurus.model.backend.flashinfer.probe import why_not_built
-from tokasaurus.model.backend.flashinfer.wrappers import LAYOUT, Wrappers
+from tokasaurus.model.backend.flashinfer.wrappers import Wrappers
 from tokasaurus.model.backend.grouping import (
     ALWAYS,
     NEVER,
@@ -40,9 +46,12 @@ from tokasaurus.model.backend.grouping import (
     KernelBlocks,
     choose_groups,
 )
-from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS, norm_and_rotate
-from tokasaurus.model.backend.triton.backend import TritonBackend
+from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
+from tokasaurus.model.backend.triton.backend import TritonBackend, is_interpreted
+from tokasaurus.model.backend.triton.heads import TritonHeads
+from tokasaurus.model.backend.triton.shapes import AttentionShape
 from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.model.upload import Staging
 from tokasaurus.rounding import ceil_div
 
 __all__ = ["FlashInferAttention", "FlashInferBackend"]
@@ -87,6 +96,8 @@ class FlashInferBackend:
         self._heads = ModelHeads(num_heads, cache.num_kv_heads, cache.head_dim, cache.dtype)
         self._library = import_library()
         self._wrappers = Wrappers(self._library, self._heads, cache.dtype, cache.keys[0].device)
+        # None where Triton does not run.
+        self._shape = None if _lacks_triton(options) else _shape(self._heads, cache.page_size)
         if options.use_groups is None:
             self._costs = _group_bytes(self._heads, cache.dtype)
         else:
@@ -98,36 +109,85 @@ class FlashInferBackend:
 
     def workspace_bytes(self, num_rows: int, longest: int) -> int:
         # Ranges that are cut have room in the wrappers. Rows of groups are copied, and merged with
-        # what a level finds; each request lists its pages.
+        # what a level finds; each request lists its pages, whose places are in int64 first.
         heads = self._heads
-        numbers = 3 * heads.head_dim * heads.dtype.itemsize + 2 * torch.float32.itemsize
-        pages = ceil_div(longest, self._cache.page_size) * torch.int32.itemsize
+        numbers = 3 * (heads.head_dim * heads.dtype.itemsize + torch.float32.itemsize)
+        page = torch.int32.itemsize + 2 * torch.int64.itemsize
+        pages = ceil_div(longest, self._cache.page_size) * page
         return num_rows * (heads.num_heads * numbers + pages)
 
     def plan(self, rows: SequenceRows) -> FlashInferAttention:
         groups = choose_groups(rows, self._cache.page_size, 1, self._costs)
         self.grouped_rows = groups.grouped_rows(rows)
         plan = plan_calls(rows, groups, self._cache.page_size)
-        sent = send(plan, rows.page_table)
-        wrappers = self._planned(plan, sent.pages)
-        calls = [_PlannedCall(*each) for each in zip(wrappers, sent.rows, strict=True)]
+        calls = (*plan.own, *plan.levels)
+        staging = Staging(rows.page_table.device)
+        lists = PageLists(calls, rows.page_table, staging)
+        store = self._storing(plan, rows, staging)
+        call_rows = [
+            call.rows if isinstance(call.rows, slice) else staging.add_indices(call.rows)
+            for call in calls
+        ]
+        staging.send()
+        pages, parts = lists.gather()
+        planned = [
+            _PlannedCall(wrapper, where if isinstance(where, slice) else where.tensor)
+            for wrapper, where in zip(self._planned(plan, parts), call_rows, strict=True)
+        ]
         num_own = len(plan.own)
         return FlashInferAttention(
-            self._library, self._cache, self._heads, sent, calls[:num_own], calls[num_own:]
+            self._library, self._cache, store(pages), planned[:num_own], planned[num_own:]
         )
 
-    def graph_plan(self, num_rows: int, page_table: Tensor, max_tokens: int) -> None:
-        """Its wrappers are not planned for graphs."""
+    def graph_plan(
+        self, num_rows: int, page_table: Tensor, max_tokens: int
+    ) -> FlashInferGraphPlan | None:
+        if self._shape is None:
+            # FlashInfer's append writes something for each row, whether it has a sequence or not.
+            return None
+        max_pages = num_rows * ceil_div(max_tokens, self._cache.page_size)
+        wrapper = self._wrappers.of_graph(num_rows, max_pages)
+        call = _PlannedCall(wrapper.wrapped, slice(0, num_rows))
+        cache, shape = self._cache, self._shape
 
-    def _planned(self, plan: BatchPlan, pages: Iterable[Tensor]) -> Iterator[Any]:
-        """A wrapper for each own call, then for each level."""
-        its_pages = iter(pages)
+        def attention(slots: Tensor, positions: Tensor) -> FlashInferAttention:
+            store = TritonHeads(cache, shape, page_table, slots, positions)
+            return FlashInferAttention(self._library, cache, store, [call], [])
+
+        return FlashInferGraphPlan(
+            num_rows,
+            cache.page_size,
+            page_table,
+            self._takes_in_graph,
+            lambda call, pages: self._wrappers.plan_again(wrapper, call, pages),
+            attention,
+        )
+
+    def _takes_in_graph(self, rows: SequenceRows) -> bool:
+        """Graphs have no groups."""
+        groups = choose_groups(rows, self._cache.page_size, 1, self._costs)
+        if len(groups.first_rows):
+            return False
+        self.grouped_rows = NO_GROUPED_ROWS
+        return True
+
+    def _planned(self, plan: BatchPlan, parts: Iterable[Tensor]) -> Iterator[Any]:
+        """A wrapper for each own call, then for each level; ``parts`` are the pages of each."""
+        pages = iter(parts)
         if plan.decodes is not None:
-            yield self._wrappers.plan_decodes(plan.decodes, next(its_pages))
+            yield self._wrappers.plan_decodes(plan.decodes, next(pages))
         if plan.chunks is not None:
-            yield self._wrappers.plan_chunks(plan.chunks, next(its_pages))
+            yield self._wrappers.plan_chunks(plan.chunks, next(pages))
         for depth, call in enumerate(plan.levels):
-            yield self._wrappers.plan_level(depth, call, next(its_pages))
+            yield self._wrappers.plan_level(depth, call, next(pages))
+
+    def _storing(
+        self, plan: BatchPlan, rows: SequenceRows, staging: Staging
+    ) -> Callable[[Tensor], StoredHeads]:
+        if self._shape is None:
+            num_heads = self._heads.num_heads
+            return appended_by_flashinfer(self._library, self._cache, num_heads, plan, staging)
+        return stored_by_triton(self._cache, self._shape, plan, rows, staging)
 
 
 class _PlannedCall(NamedTuple):
@@ -143,8 +203,7 @@ class FlashInferAttention:
     Args:
         library: the module ``flashinfer``.
         cache: of the backend.
-        heads: of the model.
-        sent: the plan, on the device.
+        heads: of the batch.
         own: calls that have each row once, over its sequence's own pages.
         levels: calls over the pages of groups.
     """
@@ -153,19 +212,18 @@ class FlashInferAttention:
         self,
         library: Any,
         cache: KVCache,
-        heads: ModelHeads,
-        sent: SentPlan,
+        heads: StoredHeads,
         own: list[_PlannedCall],
         levels: list[_PlannedCall],
     ) -> None:
-        self._library, self._cache, self._heads, self._sent = library, cache, heads, sent
+        self._library, self._cache, self._heads = library, cache, heads
         self._own, self._levels = own, levels
 
     def attend(
         self, layer: int, heads: Tensor, rotation: Rotation, norms: HeadNorms | None
     ) -> Tensor:
         pages = self._cache.keys[layer], self._cache.values[layer]
-        query = self._write(heads, rotation, norms, pages)
+        query = self._heads.store(layer, heads, rotation, norms)
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         if not self._levels:
             for wrapper, rows in self._own:
@@ -184,32 +242,6 @@ class FlashInferAttention:
                 lse.index_copy_(0, rows, its_lse)
         return output.flatten(1)
 
-    def _write(
-        self,
-        heads: Tensor,
-        rotation: Rotation,
-        norms: HeadNorms | None,
-        pages: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """Writes keys and values to their pages, and returns the queries."""
-        query, key, value = norm_and_rotate(
-            heads, self._heads.num_heads, self._heads.num_kv_heads, rotation, norms
-        )
-        sent = self._sent
-        if len(heads):
-            self._library.append_paged_kv_cache(
-                key,
-                value,
-                sent.row_requests,
-                sent.row_positions,
-                pages,
-                sent.own_pages,
-                sent.own_page_starts,
-                sent.own_last_page_lengths,
-                kv_layout=LAYOUT,
-            )
-        return query
-
     def _merge(
         self,
         wrapper: Any,
@@ -223,6 +255,17 @@ class FlashInferAttention:
         found_lse = torch.empty_like(lse)
         wrapper.run(query, pages, out=found, lse=found_lse, return_lse=True)
         self._library.merge_state_in_place(output, lse, found, found_lse)
+
+
+def _shape(heads: ModelHeads, page_size: int) -> AttentionShape:
+    return AttentionShape(
+        heads.num_heads,
+        heads.num_kv_heads,
+        heads.head_dim,
+        page_size,
+        heads.dtype.itemsize,
+        is_interpreted(),
+    )
 
 
 def _group_bytes(heads: ModelHeads, cache_dtype: torch.dtype) -> GroupCosts:

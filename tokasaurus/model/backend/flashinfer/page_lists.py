@@ -11,8 +11,7 @@ page table is on the device already, and what says where the pages lie is much s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,77 +19,48 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokasaurus.model.backend.flashinfer.planning import BatchPlan, Call
+from tokasaurus.model.backend.flashinfer.planning import Call
 from tokasaurus.model.upload import Staging
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int64Array
 
-__all__ = ["SentPlan", "send"]
+__all__ = ["PageLists", "joined"]
 
 
-@dataclass(frozen=True)
-class SentPlan:
-    """What the device gets of a batch's plan, in one copy.
-
-    Attributes:
-        own_pages: [pages] int32, of the requests of all own calls.
-        own_page_starts: [requests + 1] int32, of these requests.
-        own_last_page_lengths: [requests] int32.
-        row_requests: [rows] int32, the one of these requests that each row is of.
-        row_positions: [rows] int32, within the pages of this request.
-        pages: for each own call, then for each level, [pages] int32.
-        rows: for each of these calls, its rows as ``Call.rows`` has them; arrays are int64.
-    """
-
-    own_pages: Tensor
-    own_page_starts: Tensor
-    own_last_page_lengths: Tensor
-    row_requests: Tensor
-    row_positions: Tensor
-    pages: tuple[Tensor, ...]
-    rows: tuple[slice | Tensor, ...]
-
-
-def send(plan: BatchPlan, page_table: Tensor) -> SentPlan:
-    """Copies what the device needs, and gathers the pages. Nothing waits for the device.
+class PageLists:
+    """The lists of pages of some calls, which travel in a staging buffer that has not been sent.
 
     Args:
-        plan: of the batch.
+        calls: of a batch.
         page_table: [slots, columns] int32, contiguous, on the device.
+        staging: that sends where the pages lie.
     """
-    calls = (*plan.own, *plan.levels)
-    num_own = sum(call.num_requests for call in plan.own)
-    counts = _joined(call.num_pages for call in calls)
-    starts = np.cumsum(counts, dtype=np.int64) - counts
-    # Added to the place in the list, it is the place in the page table.
-    offsets = _joined(_places(call, page_table.shape[1]) for call in calls) - starts
-    own_page_starts = np.append(starts[:num_own], counts[:num_own].sum())
-    staging = Staging(page_table.device)
-    sent_offsets, sent_counts = staging.add_indices(offsets), staging.add_indices(counts)
-    page_starts = staging.add(own_page_starts, np.int32)
-    last_page_lengths = staging.add(_joined(call.last_page_lengths for call in plan.own))
-    row_requests, row_positions = staging.add(plan.row_requests), staging.add(plan.row_positions)
-    rows = [
-        call.rows if isinstance(call.rows, slice) else staging.add_indices(call.rows)
-        for call in calls
-    ]
-    staging.send()
-    total = int(counts.sum())
-    # Without the size, the host would wait for the device to know it.
-    places = torch.repeat_interleave(sent_offsets.tensor, sent_counts.tensor, output_size=total)
-    places += torch.arange(total, device=page_table.device)
-    pages = page_table.view(-1).index_select(0, places)
-    return SentPlan(
-        own_pages=pages[: own_page_starts[-1]],
-        own_page_starts=page_starts.tensor,
-        own_last_page_lengths=last_page_lengths.tensor,
-        row_requests=row_requests.tensor,
-        row_positions=row_positions.tensor,
-        pages=pages.split_with_sizes([int(call.num_pages.sum()) for call in calls]),
-        rows=tuple(each if isinstance(each, slice) else each.tensor for each in rows),
-    )
+
+    def __init__(self, calls: Sequence[Call], page_table: Tensor, staging: Staging) -> None:
+        self._page_table = page_table
+        counts = joined(call.num_pages for call in calls)
+        starts = np.cumsum(counts, dtype=np.int64) - counts
+        # Added to a place in the list, it is the place in the page table.
+        offsets = joined(_places(call, page_table.shape[1]) for call in calls) - starts
+        self._offsets, self._counts = staging.add_indices(offsets), staging.add_indices(counts)
+        self._sizes = [int(call.page_starts[-1]) for call in calls]
+
+    def gather(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """[pages] int32, of all requests one after the other, and the part of each call.
+
+        Nothing waits for the device.
+        """
+        total = sum(self._sizes)
+        # Without the size, the host would wait for the device to know it.
+        places = torch.repeat_interleave(
+            self._offsets.tensor, self._counts.tensor, output_size=total
+        )
+        places += torch.arange(total, device=places.device)
+        pages = self._page_table.view(-1).index_select(0, places)
+        return pages, pages.split_with_sizes(self._sizes)
 
 
-def _joined(arrays: Iterable[NDArray[np.integer[Any]]]) -> NDArray[np.integer[Any]]:
+def joined(arrays: Iterable[NDArray[np.integer[Any]]]) -> NDArray[np.integer[Any]]:
+    """The arrays one after the other, of which there may be none."""
     return np.concatenate((EMPTY_INT32, *arrays))
 
 

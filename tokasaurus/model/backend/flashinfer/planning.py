@@ -87,14 +87,16 @@ class BatchPlan:
         chunks: the other rows, over their own pages; None if there are none.
         levels: of groups, those around others first.
         row_requests: [rows], the request of each row in ``decodes``, then in ``chunks``.
-        row_positions: [rows], within the pages of that request.
+        own_positions: [rows], within the pages of that request.
+        row_slots: [rows], whose row of the page table names these pages.
     """
 
     decodes: Call | None
     chunks: Call | None
     levels: tuple[Call, ...]
     row_requests: Int32Array
-    row_positions: Int32Array
+    own_positions: Int32Array
+    row_slots: Int32Array
 
     @property
     def own(self) -> tuple[Call, ...]:
@@ -137,7 +139,8 @@ def plan_calls(rows: SequenceRows, groups: ChosenGroups, page_size: int) -> Batc
         chunks=call(num_decodes, len(present)),
         levels=_levels(rows, groups, page_size),
         row_requests=row_requests,
-        row_positions=rows.positions - own_starts[row_requests],
+        own_positions=rows.positions - own_starts[row_requests],
+        row_slots=rows.slots[present][row_requests],
     )
 
 

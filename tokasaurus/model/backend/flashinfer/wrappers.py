@@ -16,11 +16,16 @@ from torch import Tensor
 
 from tokasaurus.model.backend.base import ModelHeads
 from tokasaurus.model.backend.flashinfer.planning import Call
+from tokasaurus.model.backend.flashinfer.workspaces import (
+    graph_bytes,
+    graph_plan_bytes,
+    workspace_bytes,
+)
 from tokasaurus.model.backend.multiprocessors import num_multiprocessors
 from tokasaurus.model.upload import pinned
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["LAYOUT", "Wrappers", "workspace_bytes"]
+__all__ = ["LAYOUT", "PlannedWrapper", "Wrappers"]
 
 # As many batches can be planned before the first of them has begun, without waiting.
 _TURNS = 2
@@ -28,33 +33,10 @@ _TURNS = 2
 # Our pages are [kv_heads, page_size, head_dim], which FlashInfer calls this.
 LAYOUT = "HND"
 
-# Rows of the largest tile of the kernels for prefill, where each query head of a key head is a row.
-_TILE_ROWS = 128
-
-# FlashInfer cuts ranges of positions as long as there are no more blocks for each multiprocessor.
-_BLOCKS_PER_PROCESSOR = 2
-
-# FlashInfer aligns what it takes of its workspace.
-_SPARE_WORKSPACE = 1 << 20
-
 # The kernels of the third generation cut no ranges and have a tile for each query head. They are
 # for many rows: they must fill their tiles by half, and the device.
 _FA3_ROWS = 128
 _FA3_CAPABILITY = (9, 0)
-
-
-def workspace_bytes(heads: ModelHeads, num_processors: int) -> int:
-    """The most that partial results of one call take, where its ranges of positions are cut.
-
-    Each row of a block has an output and an LSE in fp32.
-
-    Args:
-        heads: of the model.
-        num_processors: of the device.
-    """
-    num_blocks = max(_BLOCKS_PER_PROCESSOR * num_processors // heads.num_kv_heads, 1)
-    partials = num_blocks * heads.num_heads * _TILE_ROWS * (heads.head_dim + 1)
-    return partials * torch.float32.itemsize + _SPARE_WORKSPACE
 
 
 class Wrappers:
@@ -72,9 +54,10 @@ class Wrappers:
     ) -> None:
         self._library, self._heads, self._cache_dtype = library, heads, cache_dtype
         self._num_processors = num_multiprocessors(device)
-        size = workspace_bytes(heads, self._num_processors)
+        self.workspace_bytes = workspace_bytes(heads, self._num_processors)
         # Calls run one after the other, so they share it.
-        self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._workspace = _zeros(self.workspace_bytes, device)
+        self._graph_workspaces = _zeros(0, device), _zeros(0, device)
         self._kinds: dict[str, _Turns] = {}
         self._has_fa3 = _has_fa3(library, heads, cache_dtype, device)
 
@@ -85,7 +68,10 @@ class Wrappers:
             call: what they attend to.
             pages: [pages] int32, on the device, of all requests.
         """
-        wrapper = self._take("decodes", self._make_decode)
+        return self.plan_again(self._take("decodes", self._make_decode), call, pages)
+
+    def plan_again(self, wrapper: PlannedWrapper, call: Call, pages: Tensor) -> Any:
+        """Plans as ``plan_decodes`` does, with this wrapper."""
         heads = self._heads
         page_starts, last_page_lengths, lengths = pinned(
             (call.page_starts, call.last_page_lengths, call.lengths), pages.device
@@ -120,6 +106,42 @@ class Wrappers:
         """
         return self._plan_rows(f"level {depth}", call, pages, is_causal=False)
 
+    def of_graph(self, num_rows: int, max_pages: int) -> PlannedWrapper:
+        """A wrapper for a graph, which ``plan_again`` plans. Its tensors stay in place.
+
+        Args:
+            num_rows: of the graph; each decodes.
+            max_pages: of all its sequences.
+        """
+        device, heads = self._workspace.device, self._heads
+        sizes = (
+            graph_bytes(heads, self._num_processors, num_rows),
+            graph_plan_bytes(heads, self._num_processors, num_rows),
+        )
+        # A plan is made before each replay, so graphs share even what plans are copied to. The
+        # largest graph comes first. Graphs that were recorded with smaller ones keep them.
+        numbers, plans = (
+            workspace if len(workspace) >= size else _zeros(size, device)
+            for workspace, size in zip(self._graph_workspaces, sizes, strict=True)
+        )
+        self._graph_workspaces = numbers, plans
+
+        def buffer(count: int) -> Tensor:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+
+        wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper(
+            numbers,
+            LAYOUT,
+            use_cuda_graph=True,
+            use_tensor_cores=True,
+            paged_kv_indptr_buffer=buffer(num_rows + 1),
+            paged_kv_indices_buffer=buffer(max_pages),
+            paged_kv_last_page_len_buffer=buffer(num_rows),
+            backend="fa2",
+        )
+        wrapper.reset_workspace_buffer(numbers, plans)
+        return PlannedWrapper(wrapper, device)
+
     def _plan_rows(self, kind: str, call: Call, pages: Tensor, *, is_causal: bool) -> Any:
         wrapper = self._take(kind, lambda: self._make_prefill("fa3" if kind == "fa3" else "fa2"))
         heads = self._heads
@@ -145,11 +167,11 @@ class Wrappers:
             max_token_per_sequence=int(call.num_rows.max()),
         )
 
-    def _take(self, kind: str, make: Callable[[], Any]) -> _Planned:
+    def _take(self, kind: str, make: Callable[[], Any]) -> PlannedWrapper:
         turns = self._kinds.get(kind)
         if turns is None:
             turns = self._kinds[kind] = _Turns(
-                [_Planned(make(), self._workspace.device) for _ in range(_TURNS)]
+                [PlannedWrapper(make(), self._workspace.device) for _ in range(_TURNS)]
             )
         return turns.take()
 
@@ -165,11 +187,15 @@ class Wrappers:
         )
 
 
-class _Planned:
-    """A wrapper, and whether the device has read what it was planned with last."""
+class PlannedWrapper:
+    """A wrapper, and whether the device has read what it was planned with last.
 
-    def __init__(self, wrapper: Any, device: torch.device) -> None:
-        self._wrapper = wrapper
+    Attributes:
+        wrapped: FlashInfer's.
+    """
+
+    def __init__(self, wrapped: Any, device: torch.device) -> None:
+        self.wrapped = wrapped
         # Behind the copy of the last plan. Where nothing is asynchronous there is none.
         self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -177,20 +203,20 @@ class _Planned:
         """Plans it, and returns it."""
         if self._copied is not None:
             self._copied.synchronize()
-        self._wrapper.plan(*arrays, **options)
+        self.wrapped.plan(*arrays, **options)
         if self._copied is not None:
             self._copied.record()
-        return self._wrapper
+        return self.wrapped
 
 
 class _Turns:
     """Wrappers of one kind, which take turns."""
 
-    def __init__(self, wrappers: list[_Planned]) -> None:
+    def __init__(self, wrappers: list[PlannedWrapper]) -> None:
         self._wrappers = wrappers
         self._next = 0
 
-    def take(self) -> _Planned:
+    def take(self) -> PlannedWrapper:
         """The one that was planned the longest time ago."""
         wrapper = self._wrappers[self._next]
         self._next = (self._next + 1) % len(self._wrappers)
@@ -206,6 +232,11 @@ class _Lengths(Tensor):
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.as_subclass(Tensor).amax(),))
+
+
+def _zeros(num_bytes: int, device: torch.device) -> Tensor:
+    """FlashInfer asks for zeros in a workspace that it has not used yet."""
+    return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
 
 def _fills_fa3(call: Call, num_heads: int, num_processors: int) -> bool:

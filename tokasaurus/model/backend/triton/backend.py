@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +39,6 @@ from tokasaurus.model.backend.triton.heads import TritonHeads
 from tokasaurus.model.backend.triton.planning import Tiles, most_partials, plan_tasks
 from tokasaurus.model.backend.triton.shapes import AttentionShape
 from tokasaurus.model.kv_cache import KVCache
-from tokasaurus.model.upload import Staging
 from tokasaurus.rounding import ceil_div
 
 __all__ = ["TritonAttention", "TritonBackend", "is_interpreted"]
@@ -52,6 +50,9 @@ _PROGRAMS_PER_PROCESSOR = 4
 
 _OLDEST = (8, 0)
 """The compute capability of the first devices with bf16 and asynchronous copies."""
+
+_OLDEST_WITH_E4M3 = (8, 9)
+"""That of the first devices that convert numbers to e4m3."""
 
 
 def is_interpreted() -> bool:
@@ -78,7 +79,7 @@ class TritonBackend:
 
     @classmethod
     def why_not_model(cls, heads: ModelHeads) -> str | None:
-        return None
+        return None if heads.kept_dtype is None else _why_not_e4m3()
 
     @classmethod
     def operators(cls, options: BackendOptions) -> Operators:
@@ -101,7 +102,7 @@ class TritonBackend:
             cache.num_kv_heads,
             cache.head_dim,
             cache.page_size,
-            cache.dtype.itemsize,
+            cache.heads_dtype.itemsize,
             is_interpreted(),
         )
         few, many = (block // self._shape.group for block in self._shape.blocks)
@@ -124,6 +125,8 @@ class TritonBackend:
     def plan(self, rows: SequenceRows) -> TritonAttention:
         groups = choose_groups(rows, self._cache.page_size, 1, self._costs)
         self.grouped_rows = groups.grouped_rows(rows)
+        if 0 < len(rows.slots) == rows.num_decodes and not len(groups.first_rows):
+            return self.attention_of_decodes(*rows.decodes_on_device(), rows.page_table)
         plan = send_plan(plan_tasks(rows, groups, self._tiles), rows.page_table.device)
         return TritonAttention(self._cache, self._shape, plan, rows.page_table)
 
@@ -167,13 +170,12 @@ class TritonGraphPlan:
     def fill(self, rows: SequenceRows | None) -> bool:
         if rows is not None and not self._backend.plan_in_graph(rows):
             return False
-        whole = np.zeros(self._rows.shape, np.int32)
+        num_rows = 0
+        slots, lengths = self._rows
         if rows is not None:
-            whole[:, : len(rows.slots)] = rows.slots, rows.kv_lengths
-        staging = Staging(self._rows.device)
-        staged = staging.add(whole)
-        staging.send()
-        self._rows.copy_(staged.tensor)
+            num_rows = rows.num_decodes
+            slots[:num_rows], lengths[:num_rows] = rows.decodes_on_device()
+        lengths[num_rows:] = 0
         return True
 
 
@@ -259,6 +261,20 @@ def _group_bytes(cache: KVCache, num_heads: int, tiles: Tiles) -> GroupCosts:
     token = 2.0 * cache.num_kv_heads * cache.head_dim * cache.dtype.itemsize
     partial = num_heads * (cache.head_dim + 1) * torch.float32.itemsize
     return GroupCosts(token, token, 4.0 * partial, 0.0, KernelBlocks(tiles.many_rows, 1))
+
+
+def _why_not_e4m3() -> str | None:
+    """Why kernels cannot keep keys and values in e4m3 here."""
+    if is_interpreted():
+        return "Triton's interpreter has no arithmetic for e4m3; set attention=reference"
+    capability = torch.cuda.get_device_capability()
+    if capability < _OLDEST_WITH_E4M3:
+        return (
+            f"this device has compute capability {'.'.join(map(str, capability))}, and a KV cache"
+            f" in e4m3 needs {'.'.join(map(str, _OLDEST_WITH_E4M3))}; leave kv_cache_dtype out, or"
+            " set attention=reference"
+        )
+    return None
 
 
 @cache

@@ -119,7 +119,8 @@ def plan_decodes(slots: Tensor, lengths: Tensor, tiles: Tiles) -> DevicePlan:
         merged_rows=merged[:room],
         few_tasks=tasks.to(torch.int32),
         many_tasks=tasks.new_empty(0, TASK_SIZE, dtype=torch.int32),
-        num_partials=most_tasks,
+        # They have their shares, and one more task each at most.
+        num_partials=room + tiles.num_programs,
     )
 
 

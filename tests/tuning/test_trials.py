@@ -1,0 +1,117 @@
+"""Trials with real engines: they measure, and whatever happens, nothing runs afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.planner.demand import demand_of_shape
+from tokasaurus.tuning.trial import Task
+from tokasaurus.tuning.trial_process import run_trial
+
+SMALL = {"kv_cache_num_tokens": 2048, "max_seqs_per_forward": 8, "max_tokens_per_forward": 64}
+SHAPE = "prompt=16,output=6,n=2,requests=3,spread=0.5"
+ENDLESS = "prompt=16,output=500,n=64,requests=500"
+
+
+def task(shape, repetitions=2, **flags):
+    trace = list(demand_of_shape(shape).trace)
+    return Task(None, {**SMALL, **flags}, trace, 512, repetitions)
+
+
+def trials_of(owner):
+    """Processes of trials whose parent is, or was, another process."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (directory / "cmdline").read_bytes().split(b"\0")
+            parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if b"tokasaurus.tuning.trial" in words and parent in (owner, 1):
+            found.append(int(directory.name))
+    return found
+
+
+@pytest.mark.engine
+def test_a_trial_generates_what_the_workload_asks_and_its_process_ends():
+    measured = run_trial(task(SHAPE), ready_s=120, run_s=120)
+    assert measured.problem == ""
+    assert measured.tokens == demand_of_shape(SHAPE).num_output_tokens
+    assert len(measured.seconds) == 2
+    assert measured.tokens_per_s == measured.tokens / min(measured.seconds)
+    assert trials_of(os.getpid()) == []
+
+
+@pytest.mark.engine
+def test_a_trial_that_takes_too_long_is_ended():
+    measured = run_trial(task(ENDLESS), ready_s=120, run_s=0.5)
+    assert (measured.is_late, measured.problem) == (True, "had not run the workload after 0 s")
+    assert measured.seconds == ()
+    assert trials_of(os.getpid()) == []
+
+
+@pytest.mark.long
+def test_flags_that_no_engine_takes_are_the_problem_of_a_trial():
+    measured = run_trial(task(SHAPE, max_seqs_per_forward=9, max_tokens_per_forward=4), 120, 120)
+    assert measured.problem.startswith("max_seqs_per_forward=9 exceeds max_tokens_per_forward=4")
+    assert measured.tokens_per_s == 0
+
+
+@pytest.mark.engine
+def test_a_trial_ends_with_its_owner():
+    program = f"""
+        from tokasaurus.planner.demand import demand_of_shape
+        from tokasaurus.tuning.trial import Task
+        from tokasaurus.tuning.trial_process import run_trial
+        trace = list(demand_of_shape({ENDLESS!r}).trace)
+        run_trial(Task(None, {SMALL!r}, trace, 512, 1), 120, 120)
+    """
+    owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)])
+    until = time.monotonic() + 60
+    while not (trials := trials_of(owner.pid)):
+        assert time.monotonic() < until
+        assert owner.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)  # it imports, or loads the model
+    owner.kill()
+    owner.wait()
+    while any(Path(f"/proc/{trial}").exists() for trial in trials):
+        assert time.monotonic() < until, "the trial goes on"
+        time.sleep(0.1)
+
+
+@pytest.mark.long
+def test_toka_tune_is_stopped_goes_on_and_writes_a_file(tmp_path):
+    words = ["tune", "workload=prompt=16,output=8,n=4,requests=40", "run_s=0.5", "max_s=60"]
+    command = [sys.executable, "-m", "tokasaurus.entry", *words, "repetitions=1", "dp_size=1"]
+    first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for line in first.stderr:
+        if "the engine's defaults: " in line:  # the first trial is in the log
+            break
+    first.send_signal(signal.SIGINT)
+    rest = first.stderr.read()
+    assert first.wait() == 130
+    assert "stopped; the same command goes on from here" in rest
+    assert trials_of(first.pid) == []
+    assert not (tmp_path / "tuned.yaml").exists()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tuned.yaml.trials has 1 trials of an earlier run" in done.stderr
+    assert done.stdout.splitlines()[-1] == "toka config=tuned.yaml"
+    text = (tmp_path / "tuned.yaml").read_text()
+    assert "# workload: prompt=16,output=8,n=4,requests=40; each run took " in text
+    assert "# measured: " in text
+    config = EngineConfig.from_flags(config=str(tmp_path / "tuned.yaml"))
+    assert config.dp_size == 1
+    assert yaml.safe_load(text)["device"] == "cpu"
+    assert trials_of(os.getpid()) == []
