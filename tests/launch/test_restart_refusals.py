@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,19 @@ def post(engine: EngineProcess, path: str, body: object = None) -> None:
     assert status == 200
 
 
+def answer_to_rubbish(engine: EngineProcess, rubbish: bytes) -> str:
+    """What the keeper says to somebody who sends no note that it knows."""
+    (path,) = engine.private.glob("*/control.sock")
+    with socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(30)
+        link.connect(str(path))
+        link.sendall(rubbish)
+        said = b""
+        while data := link.recv(1 << 16):
+            said += data
+    return said.decode()
+
+
 def new_process(asking: subprocess.Popen[str]) -> int:
     """The process id of the new engine."""
     assert asking.stdout is not None
@@ -89,6 +103,10 @@ def test_what_cannot_start_leaves_the_old_engine_as_it_was(tmp_path):
             assert expected in said, word
             assert "the old engine goes on" in said, word
             assert expected in engine.log, word
+        # Such as a later version's `toka restart` may send.
+        unknown = b'{"type":"AskRestart","words":["\xff"]}\n'
+        for rubbish in (b'{"type":"Ask"}\n', b"ask\n", unknown, b"[" * 100_000 + b"\n"):
+            assert "toka runs another version" in answer_to_rubbish(engine, rubbish)
         assert (engine.child("server"), answer(engine)) == (old, text)
 
         asking = begin_restart(engine)

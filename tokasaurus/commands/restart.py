@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from tokasaurus.config.schema import Schema, flag
 from tokasaurus.errors import ConfigError, LaunchError
 from tokasaurus.launch.keeping.control import ControlLink, connect_to_keepers
-from tokasaurus.launch.keeping.notes import AskRestart, Description, Outcome, Progress
+from tokasaurus.launch.keeping.notes import AskRestart, Control, Description, Outcome, Progress
+from tokasaurus.launch.note_socket import NotUnderstood
 
 __all__ = ["PASSES_ON", "SCHEMA", "RestartConfig", "run"]
 
@@ -53,7 +54,7 @@ def run(config: RestartConfig, words: Sequence[str]) -> None:
     link, engine = _find(config.port)
     print(f"restarting the engine at {engine.host}:{engine.port} (toka is {engine.process_id})")
     link.send(AskRestart(tuple(words)))
-    while (notes := link.receive()) is not None:
+    while (notes := _received(link)) is not None:
         for note in notes:
             if isinstance(note, Progress):
                 print(note.text, flush=True)
@@ -63,6 +64,15 @@ def run(config: RestartConfig, words: Sequence[str]) -> None:
                 print(note.text)
                 return
     raise LaunchError("toka has ended")
+
+
+def _received(link: ControlLink) -> list[Control] | None:
+    try:
+        return link.receive()
+    except NotUnderstood:
+        raise LaunchError(
+            "toka runs another version, and how the restart goes on is in its log"
+        ) from None
 
 
 def _find(port: int | None) -> tuple[ControlLink, Description]:

@@ -10,9 +10,13 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-__all__ = ["NoteSocket"]
+__all__ = ["NotUnderstood", "NoteSocket"]
 
 N = TypeVar("N")  # all notes that either side sends
+
+
+class NotUnderstood(Exception):
+    """What has come is none of the notes that this side knows."""
 
 
 class NoteSocket(Generic[N]):
@@ -36,7 +40,11 @@ class NoteSocket(Generic[N]):
         self.write(msgspec.json.encode(note) + b"\n")
 
     def receive_first(self) -> N | None:
-        """Waits for one note, and leaves later ones to ``receive``; None at the stream's end."""
+        """Waits for one note, and leaves later ones to ``receive``; None at the stream's end.
+
+        Raises:
+            NotUnderstood: it is none.
+        """
         while True:
             try:
                 data = self._socket.recv(1 << 16, socket.MSG_PEEK)
@@ -48,15 +56,25 @@ class NoteSocket(Generic[N]):
                 return None
             if end:
                 whole, self._buffer = self._buffer, b""
-                return self._decoder.decode(whole)
+                return self._decode(whole)
 
     def receive(self) -> list[N] | None:
-        """Waits for data; returns the complete notes, or None at the end of the stream."""
+        """Waits for data; returns the complete notes, or None at the end of the stream.
+
+        Raises:
+            NotUnderstood: one of them is none.
+        """
         data = self.read()
         if not data:
             return None
         *lines, self._buffer = (self._buffer + data).split(b"\n")
-        return [self._decoder.decode(line) for line in lines]
+        return [self._decode(line) for line in lines]
+
+    def _decode(self, line: bytes) -> N:
+        try:
+            return self._decoder.decode(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise NotUnderstood(str(error)) from error
 
     def read(self) -> bytes:
         """Waits for data; returns it as it came, or b"" at the end of the stream."""

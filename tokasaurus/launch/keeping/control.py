@@ -14,7 +14,7 @@ import msgspec
 
 from tokasaurus.launch.keeping.notes import Control, Describe, Description
 from tokasaurus.launch.leftovers import own_directories
-from tokasaurus.launch.note_socket import NoteSocket
+from tokasaurus.launch.note_socket import NoteSocket, NotUnderstood
 
 __all__ = ["ControlLink", "connect_to_keepers", "listen_for_control"]
 
@@ -50,7 +50,7 @@ def connect_to_keepers() -> Iterator[tuple[ControlLink, Description]]:
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(_ANSWER_S)
         link = ControlLink(sock)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, NotUnderstood):
             sock.connect(str(directory / _NAME))
             link.send(Describe())
             answer = link.receive_first()

@@ -10,9 +10,8 @@ import signal
 import socket
 import sys
 
-import msgspec
-
 from tokasaurus.launch.keeping.notes import LANGUAGE, Begin, CannotServe, EngineLink
+from tokasaurus.launch.note_socket import NotUnderstood
 
 
 def main() -> int:
@@ -23,7 +22,7 @@ def main() -> int:
     link = EngineLink(socket.socket(fileno=int(sys.argv[1])))
     try:
         begin = link.receive_first()
-    except msgspec.MsgspecError:
+    except NotUnderstood:
         begin = None
     if begin is None or not isinstance(begin, Begin) or begin.language != LANGUAGE:
         link.send(CannotServe("toka runs another version; stop it, and start it again"))

@@ -42,6 +42,7 @@ from tokasaurus.launch.keeping.notes import (
 )
 from tokasaurus.launch.keeping.service_manager import ServiceManager
 from tokasaurus.launch.leftovers import own_directory, remove_directory, sweep
+from tokasaurus.launch.note_socket import NotUnderstood
 
 __all__ = ["Keeper"]
 
@@ -253,7 +254,13 @@ class Keeper:
         self._selector.register(link, selectors.EVENT_READ, lambda _: self._on_asker(link))
 
     def _on_asker(self, link: ControlLink) -> None:
-        notes = link.receive()
+        try:
+            notes = link.receive()
+        except NotUnderstood:
+            # The package may have been upgraded since the start of this process.
+            log.warning("restart: refused, since another version of toka restart wants it")
+            link.send(Outcome(False, "toka runs another version; stop it, and start it again"))
+            notes = None
         if notes is None:
             self._selector.unregister(link)
             link.close()
