@@ -67,6 +67,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0  # of the lines of the head that are parsed
         self._error: TokasaurusError | None = None  # found while a head is parsed
         self._turned = False  # it awaits something else since the last data came
+        self._pipelines = False  # the client has sent a request before it had its answer
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -96,6 +97,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_bytes = 0
+        self._pipelines = self._pipelines or not self._is_idle
         if self._awaits is _Awaits.NOTHING:
             self._await(_Awaits.HEAD)
 
@@ -136,6 +138,11 @@ class Connection(HttpToolsProtocol):
         """
         if self._may_move:
             self._move()
+        elif self._can_move and self._pipelines and self._awaits is _Awaits.NOTHING:
+            # The next request would be here before the last answer is complete, and so on. What is
+            # here is answered, and then the connection moves; the rest waits in the system.
+            # Not by ``flow``, which reads on as soon as a request asks for its body.
+            self.transport.pause_reading()
         elif not self._can_move and not self._is_idle and not self.cycle.response_started:
             self.cycle.keep_alive = False
 

@@ -10,6 +10,7 @@ import json
 import socket
 import ssl
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import pytest
 from certificates import make_certificate
@@ -268,6 +269,38 @@ def test_a_client_that_asks_without_a_pause_is_moved_between_two_requests(moving
     assert connection.sock.getsockname() == address
     retiring.wait_retired()
     assert num_requests(new) > 40
+
+
+def test_a_client_that_never_waits_for_its_answers_is_moved_when_it_has_them(moving):
+    """It always has some requests in flight, so its connection is never without one."""
+    retiring, new = moving
+    body = json.dumps(BODY).encode()
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    request += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    request += body
+    with socket.create_connection(("127.0.0.1", retiring.server.port), timeout=30) as client:
+        client.sendall(60 * request)
+        retiring.retire()
+        with client.makefile("rb") as answers:
+            for _ in range(240):
+                client.sendall(request)
+                assert json.loads(next_answer(answers))["choices"]
+            assert num_requests(new) > 50
+            for _ in range(60):
+                assert json.loads(next_answer(answers))["choices"]
+        retiring.wait_retired()
+        assert num_requests(retiring.server) + num_requests(new) == 300
+
+
+def next_answer(answers: BinaryIO) -> bytes:
+    """The body of the next answer of a connection."""
+    assert answers.readline().startswith(b"HTTP/1.1 200")
+    length = 0
+    while (line := answers.readline().lower()) != b"\r\n":
+        name, _, value = line.partition(b":")
+        assert name != b"connection", line
+        length = int(value) if name == b"content-length" else length
+    return answers.read(length)
 
 
 def test_without_anybody_to_take_them_connections_stay_where_they_are(tmp_path):
