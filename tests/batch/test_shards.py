@@ -231,6 +231,29 @@ def test_an_unfinished_file_that_has_changed_or_gone_starts_over(tmp_path):
     assert [path.name for path in target.glob("*.jsonl")] == ["a.jsonl"]
 
 
+def test_a_file_that_vanishes_during_a_run_is_named_and_the_others_are_answered(tmp_path):
+    source, target = tmp_path / "in", tmp_path / "out"
+    for number in range(20):  # more than run at once
+        write(source / f"{number:02}.jsonl", f"{number}")
+    job, engine = ShardedJob(str(source), target, "m"), Engine()
+    (source / "00.jsonl").unlink()
+    (source / "19.jsonl").unlink()
+    assert run(job, engine).is_final
+    assert job.conclude() == [
+        f"{name}: it cannot be read: No such file or directory" for name in ("00.jsonl", "19.jsonl")
+    ]
+    assert sorted(engine.answered, key=int) == [f"{number}" for number in range(1, 19)]
+
+
+def test_a_link_to_nothing_is_refused(tmp_path):
+    source = tmp_path / "in"
+    write(source / "a.jsonl", "a")
+    (source / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    for named in (source, source / "*.jsonl"):
+        with pytest.raises(ConfigError, match=r"b\.jsonl is a link to a file that does not exist"):
+            find_shards(str(named), tmp_path / "out")
+
+
 def test_what_another_run_has_or_has_not_written_is_left_alone(tmp_path):
     source, target = tmp_path / "in", tmp_path / "out"
     write(source / "a.jsonl", "a")

@@ -161,11 +161,17 @@ class ShardedJob:
         """Answers a shard; returns False if the engine is gone."""
         batch_id = self._batch_ids.get(shard.name)
         if batch_id is None:
-            metadata, file_id = _metadata(shard), new_id("file")
+            file_id = new_id("file")
             try:
+                metadata = _metadata(shard)
                 await asyncio.to_thread(import_requests, shard.source, self.store.path(file_id))
-            except ConfigError as error:
-                self._errors[shard.name] = BatchErrors((BatchError("unreadable", str(error)),))
+            except (ConfigError, OSError) as error:
+                why = str(error)
+                if isinstance(error, OSError):
+                    if not _is_about(error, shard.source):  # the disk is full, for example
+                        raise
+                    why = f"it cannot be read: {error.strerror}"
+                self._errors[shard.name] = BatchErrors((BatchError("unreadable", why),))
                 self._done.add(shard.name)
                 return True
             batch = await runner.on_disk(
@@ -246,6 +252,11 @@ class _Sums:
             ours.total + more.total, ours.completed + more.completed, ours.failed + more.failed
         )
         return _Sums(counts, self.usage + batch.usage)
+
+
+def _is_about(error: OSError, path: Path) -> bool:
+    """Whether an error is that of a file which is gone, or may not be read."""
+    return error.filename is not None and Path(error.filename) == path
 
 
 def _metadata(shard: Shard) -> dict[str, str]:

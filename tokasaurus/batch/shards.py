@@ -74,6 +74,8 @@ def find_shards(source: str, target: Path, part: Part | None = None) -> list[Sha
     base, paths = _in_directory(Path(source)) if Path(source).is_dir() else _matching(source)
     inside = target.resolve()
     for path in paths:
+        if not path.exists():
+            raise ConfigError(f"{path} is a link to a file that does not exist; delete the link")
         if path.suffix.lower() not in _SUFFIXES:
             raise ConfigError(
                 f"{path} is neither {' nor '.join(_SUFFIXES)}; move it away, or give it a name that"
@@ -91,7 +93,7 @@ def find_shards(source: str, target: Path, part: Part | None = None) -> list[Sha
 
 
 def _in_directory(base: Path) -> tuple[Path, Sequence[Path]]:
-    files = (path for path in base.rglob("*") if path.is_file())
+    files = filter(_is_file, base.rglob("*"))
     return base, sorted(path for path in files if not _is_hidden(path.relative_to(base)))
 
 
@@ -104,4 +106,9 @@ def _matching(pattern: str) -> tuple[Path, Sequence[Path]]:
     while glob.has_magic(str(base)):
         base = base.parent
     found = map(Path, glob.glob(pattern, recursive=True))
-    return base, sorted(path for path in found if path.is_file())
+    return base, sorted(filter(_is_file, found))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file, or would be one if its link did not lead nowhere."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
