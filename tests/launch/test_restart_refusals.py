@@ -58,6 +58,11 @@ def post(engine: EngineProcess, path: str, body: object = None) -> None:
     assert status == 200
 
 
+def outside_the_log(engine: EngineProcess) -> list[str]:
+    """Lines that a process has printed, which with log_format=json would not be JSON."""
+    return [line for line in engine.log.splitlines() if line.startswith("toka: ")]
+
+
 def answer_to_rubbish(engine: EngineProcess, rubbish: bytes) -> str:
     """What the keeper says to somebody who sends no note that it knows."""
     (path,) = engine.private.glob("*/control.sock")
@@ -90,6 +95,7 @@ def test_what_cannot_start_leaves_the_old_engine_as_it_was(tmp_path):
     empty.mkdir()
     with running(tmp_path, *SMALL) as engine:
         old, text = engine.child("server"), answer(engine)
+        num_outside = len(outside_the_log(engine))
         rows = [
             ("prot=1", "unknown flag 'prot': the nearest is 'port'"),
             (f"model={empty}", "config.json"),
@@ -103,6 +109,7 @@ def test_what_cannot_start_leaves_the_old_engine_as_it_was(tmp_path):
             assert expected in said, word
             assert "the old engine goes on" in said, word
             assert expected in engine.log, word
+        assert len(outside_the_log(engine)) == num_outside
         # Such as a later version's `toka restart` may send.
         unknown = b'{"type":"AskRestart","words":["\xff"]}\n'
         for rubbish in (b'{"type":"Ask"}\n', b"ask\n", unknown, b"[" * 100_000 + b"\n"):

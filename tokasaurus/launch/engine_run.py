@@ -74,7 +74,8 @@ def run_below(begin: Begin, environment: Mapping[str, str], keeper: KeeperEnd) -
             slices, launcher = placed_beside(config, begin.predecessor)
     except (ConfigError, LaunchError, ModelError) as error:
         keeper.send(CannotServe(str(error)))
-        print(f"toka: error: {error}", file=sys.stderr)
+        if begin.predecessor is None:  # otherwise the keeper logs it, in the log's format
+            print(f"toka: error: {error}", file=sys.stderr)
         return 2
     return _run(config, slices, listener, launcher, keeper)
 
@@ -99,5 +100,6 @@ def _run(
     except LaunchError as error:
         if keeper is not None:
             keeper.send(CannotServe(str(error)))
-        print(f"toka: error: {error}", file=sys.stderr)
+        if keeper is None or not keeper.succession.follows:
+            print(f"toka: error: {error}", file=sys.stderr)
         return 1
