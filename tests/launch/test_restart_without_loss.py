@@ -86,6 +86,8 @@ def test_a_restart_loses_nothing(tmp_path, notified):
         idle.close()
         assert [engine.child(role) for role in roles] != old
         assert [pid for pid in old if exists(pid)] == []
+        names = {path.name for path in engine.private.glob("*/*.sock")}
+        assert not names & {"connections-1-0.sock", "store-1.sock"}
         engine.signal(signal.SIGTERM)
         assert engine.wait_exit(20) == 0
         assert list(engine.private.iterdir()) == []

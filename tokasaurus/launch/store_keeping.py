@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+from pathlib import Path
 
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.batch.store import DirectoryInUse
@@ -122,13 +123,19 @@ class StoreKeeping:
         if self._http is not None and self._serving is not None:
             self._http.should_exit = True
             await self._serving
+            Path(self._own_socket).unlink(missing_ok=True)
+
+    @property
+    def _own_socket(self) -> str:
+        assert self._succession is not None
+        return self._succession.store_socket(self._succession.number)
 
     def _listen(self) -> None:
         """Opens the socket for what another engine passes on."""
         if self._http is not None or self._succession is None:
             return
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(self._succession.store_socket(self._succession.number))
+        listener.bind(self._own_socket)
         listener.listen(_BACKLOG)
         app = create_store_app(self._state, self.runner, self.place)
         self._http = web_server(self._config, app, is_inner=True)
