@@ -332,6 +332,16 @@ def test_dashes_of_switches_and_values():
 
 
 @each_row(
+    "word, guess",
+    [("flip", "flip=T"), ("count", "count=..."), ("number", "number=..."), ("other", "text=other")],
+)
+def test_a_word_alone_that_names_a_flag_is_taken_for_one_by_the_error(word, guess):
+    with pytest.raises(ConfigError, match="expected key=value") as caught:
+        read(word)
+    assert str(caught.value).endswith(f"perhaps {guess}")
+
+
+@each_row(
     "argument, value",
     [
         (".both(1)", (1, 2, None)),

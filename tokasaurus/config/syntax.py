@@ -90,8 +90,14 @@ class Reader(Generic[C]):
             self._builder.problem(f"{token!r}: {key!r} is not a key; expected key=value")
 
     def _stray(self, token: str) -> None:
-        first = min(self._schema, key=lambda flag: not flag.required).name
-        self._builder.problem(f"{token!r}: expected key=value, perhaps {first}={token}")
+        if self._is_switch(token):
+            guess = f"{token}=T"
+        elif "." not in token and not self._scopes and self._is_known(token):
+            guess = f"{token}=..."
+        else:
+            first = min(self._schema, key=lambda flag: not flag.required).name
+            guess = f"{first}={token}"
+        self._builder.problem(f"{token!r}: expected key=value, perhaps {guess}")
 
     # --- --key=value, --key value, --switch -------------------------------------------------------
 
