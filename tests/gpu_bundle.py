@@ -92,8 +92,10 @@ def main(directory: str) -> int:
         constraints = Path(made) / "constraints.txt"
         constraints.write_text(_constraints())
         print("==> building the engine's wheel")
-        _pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, ROOT)
-        (engine,) = wheels.glob("tokasaurus-*.whl")
+        # From an sdist: a wheel of the checkout itself would have what lies in its build folder.
+        _run("build", "--no-isolation", "--outdir", made, ROOT)
+        (built,) = Path(made).glob("tokasaurus-*.whl")
+        engine = shutil.copy(built, wheels)
         print("==> collecting wheels for Python 3.12 on Linux")
         links = ("--find-links", stubs, "--constraint", constraints)
         _pip("download", *_TARGET, *links, "--dest", wheels, engine, *_FOR_FLASHINFER)
@@ -172,11 +174,14 @@ def _constraints() -> str:
 
 
 def _pip(command: str, *arguments: object) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "pip", command, "--disable-pip-version-check", "--quiet"]
-        + [str(each) for each in arguments],
-        check=True,
-    )
+    _run("pip", command, "--disable-pip-version-check", "--quiet", *arguments)
+
+
+def _run(module: str, *arguments: object) -> None:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(f"gpu-bundle: {' '.join(command)} failed:\n{done.stdout}")
 
 
 if __name__ == "__main__":

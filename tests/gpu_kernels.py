@@ -46,7 +46,7 @@ def check_kernels(device: str) -> list[str]:
                 ("attention", _of_attention(backend, device, dtype)),
                 ("operators", _of_operators(backend, device, dtype)),
             ):
-                what = f"{backend.name}, {name} in {str(dtype).removeprefix('torch.')}"
+                what = f"{backend.name}, {name} in {_name(dtype)}"
                 found = list(differences)
                 if not found:
                     print(f"  {what}: not compared, since it runs none of the shapes")
@@ -81,7 +81,7 @@ def _check_sampling(backend: type[Backend], device: str) -> list[str]:
             _, ids = kernels.ranked(logits.to(device), None, None, depth)
             sums = logits.double().logsumexp(-1)
             order = logits.float().sort(dim=-1, descending=True, stable=True)
-            what = f"{backend.name}, {str(dtype).removeprefix('torch.')}, {vocab_size} tokens"
+            what = f"{backend.name}, {_name(dtype)}, {vocab_size} tokens"
             if not torch.allclose(norms.cpu().double(), sums, rtol=1e-6, atol=1e-6):
                 failures.append(f"{what}: logarithms of sums differ from the CPU's")
             if not torch.equal(ids.cpu(), order.indices[:, :depth]):
@@ -98,7 +98,9 @@ def _of_attention(
     """The largest difference of each batch, and what the batch was."""
     for seed in range(2 * len(_SHAPES)):
         num_heads, num_kv_heads, head_dim = shape = _SHAPES[seed % len(_SHAPES)]
-        if backend.why_not_model(ModelHeads(*shape, dtype)) is not None:
+        if reason := backend.why_not_model(ModelHeads(*shape, dtype)):
+            if seed < len(_SHAPES):
+                print(f"  {backend.name} does not run {shape} in {_name(dtype)}: {reason}")
             continue
         page_size = _PAGE_SIZES[seed % len(_PAGE_SIZES)]
         rng = np.random.default_rng(seed)
@@ -119,6 +121,10 @@ def _of_attention(
             )
             where = f"batch {seed} of {num_heads} heads, {num_kv_heads} key heads of {head_dim}"
             yield _difference(output, expected), where
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _inputs(

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokasaurus.bench.cpu_time import process_cpu_s
-from tokasaurus.bench.loads import LoadedEngine, Rates, bound_s, loaded_engine
 from tokasaurus.bench.peers.checkpoint import SHAPES, Shape, make_without_weights
+from tokasaurus.bench.peers.loads import LoadedEngine, Rates, bound_s, loaded_engine
 from tokasaurus.bench.peers.workloads import Request, Workload
 from tokasaurus.bench.roofline import RooflineConfig, matrix_gflop_per_s, memory_gb_per_s
 from tokasaurus.rounding import ceil_div

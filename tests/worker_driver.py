@@ -38,6 +38,7 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "use_groups": True,
         "linear": "auto",
         "quantization": None,
+        "kv_cache_dtype": "auto",
         "deterministic": None,
         "load_format": "auto",
         "page_size": 16,

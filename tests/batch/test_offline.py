@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -249,3 +250,34 @@ def test_a_run_that_is_interrupted_and_killed_continues(tmp_path, num_lines):
             usage = result["response"]["body"]["usage"]
             assert usage["completion_tokens"] <= 40 + number % 50
     assert not (tmp_path / "out.jsonl.toka-batch").exists()
+
+
+@pytest.mark.engine
+def test_a_directory_is_answered_file_by_file_and_its_cost_is_said(tmp_path):
+    source, target = tmp_path / "in", tmp_path / "out"
+    (source / "sub").mkdir(parents=True)
+    for name in ("a", "sub/b"):
+        lines = [{"prompt": f"{name} {i}", "max_tokens": 5} for i in range(3)]
+        (source / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = [sys.executable, "-m", "tokasaurus.launch.batch_run", "run", source, target]
+    flags = ["kv_cache_num_tokens=8192", "max_tokens_per_forward=256", "price_per_million=1000"]
+
+    def run():
+        return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    first, *_, progress, last = done.stderr.splitlines()
+    assert first == "toka-batch: loading the model"
+    assert progress.startswith("toka-batch: in progress, 6 of 6 lines, 2 of 2 files, ")
+    found = re.fullmatch(
+        rf"{target}: 2 files, 6 lines; (\d+) prompt tokens, (\d+) generated; cost (.*)", last
+    )
+    assert found is not None, last
+    num_tokens = int(found[1]) + int(found[2])
+    assert float(found[3]) == pytest.approx(num_tokens / 1000, rel=0.01)
+    for name in ("a", "sub/b"):
+        results = [json.loads(line) for line in (target / f"{name}.jsonl").open()]
+        assert [result["custom_id"] for result in results] == ["line-1", "line-2", "line-3"]
+    again = run()  # which needs no engine
+    assert (again.returncode, again.stderr.splitlines()) == (0, [last])

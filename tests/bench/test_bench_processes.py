@@ -69,7 +69,7 @@ def test_the_cost_of_steady_decode_is_measured(mix, capsys):
     result = printed_json(capsys)
     (steady,) = result["steady"]
     assert steady["running"] == 64
-    assert 32 <= steady["batch"] <= 72
+    assert 32 <= steady["batch"] <= 96  # with prompts of those that begin
     assert steady["ms_per_step"] == pytest.approx(
         steady["us_per_token"] * steady["batch"] / 1e3, rel=0.01
     )

@@ -27,6 +27,7 @@ NAMES_AND_DEFAULTS = {
     "instruction_set": "auto",
     "linear": "auto",
     "quantization": None,
+    "kv_cache_dtype": "auto",
     "deterministic": None,
     "load_format": "auto",
     "cpu_threads": None,
@@ -312,7 +313,7 @@ def test_flags_of_other_engines_may_have_dashes(arguments, ours):
     [
         ("hydragen", ["'use_hydragen'"]),
         ("cuda_graphs", ["'use_cudagraphs'"]),
-        ("kv_cache", ["'kv_cache_num_tokens'"]),
+        ("kv_cache_tokens", ["'kv_cache_num_tokens'"]),
         ("pagesize", ["'page_size'"]),
         ("certificate", ["ssl_certfile", "ssl_keyfile"]),
         ("loudness", []),

@@ -564,6 +564,27 @@ def test_a_measurement_may_raise_what_is_left_to_it_and_never_below_a_request():
         assert replica.manager.max_request_tokens <= worker.least_pages * 16
 
 
+def test_e4m3_takes_a_byte_for_each_number_of_the_cache():
+    flags = {"facts": LARGE, "max_tokens_per_forward": 1000, "kv_cache_num_tokens": 2000}
+    sizes = {}
+    for kept in ("auto", "fp8", "fp8_e4m3"):
+        result = slices(memory_bytes=6 * 10**9, kv_cache_dtype=kept, **flags)
+        (worker,) = result.replicas[0].workers
+        assert worker.kv_cache_dtype == ("auto" if kept == "auto" else "fp8_e4m3")
+        sizes[kept] = {item.name: item.num_bytes for item in result.memory_plan.items}["KV cache"]
+    assert sizes == {"auto": 800 * 10**6, "fp8": 200 * 10**6, "fp8_e4m3": 200 * 10**6}
+    for attention in ("compiled", "flashinfer"):
+        (line,) = problems(attention=attention, kv_cache_dtype="fp8")
+        assert line.startswith(f"kv_cache_dtype=fp8: attention={attention} has no kernels for it")
+
+
+def test_fp8_weights_run_on_both_devices_and_in_bfloat16_on_cuda():
+    assert slices(quantization="fp8").replicas[0].workers[0].quantization == "fp8"
+    assert slices(quantization="fp8", num_cuda_devices=1).replicas[0].workers[0].dtype == "bfloat16"
+    (line,) = problems(quantization="fp8", num_cuda_devices=1, dtype="float16")
+    assert line.startswith("quantization=fp8: on cuda its results are in bfloat16")
+
+
 # --- everything together -------------------------------------------------------------------------
 
 

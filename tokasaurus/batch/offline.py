@@ -11,18 +11,61 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from tokasaurus.batch.records import Batch, StoredFile, new_id
+from tokasaurus.batch.records import (
+    Batch,
+    BatchErrors,
+    RequestCounts,
+    StoredFile,
+    Usage,
+    new_id,
+)
+from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.batch.store import JobStore
 from tokasaurus.batch.tables import import_requests, is_parquet, load_pyarrow, write_parquet
 from tokasaurus.errors import ConfigError
 
-__all__ = ["OfflineJob"]
+__all__ = [
+    "JobProgress",
+    "OfflineJob",
+    "fingerprint_of",
+    "publish_output",
+    "record_file",
+    "shown_errors",
+]
+
+_MAX_ERRORS = 10  # shown, of one file
+
+
+@dataclass(frozen=True)
+class JobProgress:
+    """How far a job is.
+
+    Attributes:
+        status: in a word or two.
+        counts: of lines. A total of 0 is not known yet.
+        usage: the tokens of all answered lines.
+        is_final: everything is answered.
+        is_estimate: not all lines have been counted, so that the total is a guess.
+        files: how many are done, and how many there are; None for a job of one file.
+    """
+
+    status: str
+    counts: RequestCounts
+    usage: Usage
+    is_final: bool
+    is_estimate: bool = False
+    files: tuple[int, int] | None = None
+
+    @property
+    def num_answered(self) -> int:
+        return self.counts.completed + self.counts.failed
 
 
 class OfflineJob:
-    """A new job, or the rest of one that was stopped.
+    """A new job of one file, or the rest of one that was stopped.
 
     Args:
         source: the file of requests.
@@ -65,20 +108,28 @@ class OfflineJob:
         """The batch as it is now. Call this in the store's thread."""
         return self.store.batch(self.batch_id)
 
+    async def run(self, runner: BatchRunner) -> None:
+        """Returns when all lines are answered, or the engine is gone."""
+        await runner.wait(self.batch_id)
+
+    def progress(self) -> JobProgress:
+        """How far it is. Call this in the store's thread."""
+        batch = self.batch
+        status = batch.status.replace("_", " ")
+        return JobProgress(status, batch.request_counts, batch.usage, batch.final)
+
+    def conclude(self) -> list[str]:
+        """Publishes the answers of a finished job, or says why no line could run."""
+        errors = self.batch.errors
+        if errors is None:
+            self.publish()
+            return []
+        self.drop()
+        return shown_errors(errors, "")
+
     def publish(self) -> None:
         """Moves the output of the finished batch to the target, and deletes everything else."""
-        file_id = self.batch.output_file_id
-        output = self.store.path(file_id or "none")
-        if output.exists():  # otherwise an earlier run has moved it
-            if is_parquet(self.target):
-                table = self.directory / "output.parquet"
-                write_parquet(output, table)
-                os.replace(table, self.target)
-            else:
-                new = self.directory / "new"
-                new.touch()
-                output.chmod(new.stat().st_mode)  # the store's files are private
-                os.replace(output, self.target)
+        publish_output(self.store, self.batch, self.target, self.directory)
         self.drop()
 
     def drop(self) -> None:
@@ -90,7 +141,7 @@ class OfflineJob:
         batches, _ = self.store.list_batches(after=None, limit=1)
         if not batches:
             return None
-        if batches[0].metadata != _fingerprint(source):
+        if batches[0].metadata != fingerprint_of(source):
             raise ConfigError(
                 f"{source} has changed since {self.target} was begun; delete {self.directory} to"
                 " start over"
@@ -103,34 +154,72 @@ class OfflineJob:
         return batches[0].id
 
     def _begin(self, source: Path) -> str:
-        now = int(time.time())
-        fingerprint = _fingerprint(source)
+        fingerprint = fingerprint_of(source)
         file_id = new_id("file")
-        path = self.store.path(file_id)
-        import_requests(source, path)
-        self.store.add_file(
-            StoredFile(
-                id=file_id,
-                bytes=path.stat().st_size,
-                created_at=now,
-                filename=source.name,
-                purpose="batch",
-            )
-        )
-        batch = Batch(
-            id=new_id("batch"),
-            endpoint=None,
-            input_file_id=file_id,
-            completion_window="",
-            created_at=now,
-            metadata=fingerprint,
-            model=self._model,
-        )
+        import_requests(source, self.store.path(file_id))
+        batch = record_file(self.store, file_id, source, self._model, fingerprint)
         self.store.add_batch(batch)
         return batch.id
 
 
-def _fingerprint(source: Path) -> dict[str, str]:
+def record_file(
+    store: JobStore, file_id: str, source: Path, model: str, metadata: dict[str, str]
+) -> Batch:
+    """Records an imported file; returns a batch of it, which is not recorded yet."""
+    now = int(time.time())
+    store.add_file(
+        StoredFile(
+            id=file_id,
+            bytes=store.path(file_id).stat().st_size,
+            created_at=now,
+            filename=source.name,
+            purpose="batch",
+        )
+    )
+    return Batch(
+        id=new_id("batch"),
+        endpoint=None,
+        input_file_id=file_id,
+        completion_window="",
+        created_at=now,
+        metadata=metadata,
+        model=model,
+    )
+
+
+def publish_output(store: JobStore, batch: Batch, target: Path, directory: Path) -> None:
+    """Moves the output of a finished batch to the target, if an earlier run has not.
+
+    Args:
+        store: of the batch.
+        batch: that is finished.
+        target: of its output.
+        directory: of the store, on the same file system as the target.
+    """
+    output = store.path(batch.output_file_id or "none")
+    if not output.exists():
+        return
+    if is_parquet(target):
+        table = directory / f"{batch.id}.parquet"
+        write_parquet(output, table)
+        os.replace(table, target)
+        return
+    new = directory / f"{batch.id}.new"
+    new.touch()
+    output.chmod(new.stat().st_mode)  # the store's files are private
+    new.unlink()
+    os.replace(output, target)
+
+
+def shown_errors(errors: BatchErrors, where: str) -> list[str]:
+    """The first lines about a file of which no line can run."""
+    return [
+        f"{where}{'' if error.line is None else f'line {error.line}: '}{error.message}"
+        for error in errors.data[:_MAX_ERRORS]
+    ]
+
+
+def fingerprint_of(source: Path) -> dict[str, str]:
     """What changes whenever a file is written to."""
     status = source.stat()
     return {"bytes": str(status.st_size), "modified_ns": str(status.st_mtime_ns)}

@@ -244,6 +244,17 @@ class JobStore:
         rows = self._database.execute("SELECT id FROM batches WHERE NOT is_final ORDER BY number")
         return [batch_id for (batch_id,) in rows]
 
+    def drop_batch(self, batch_id: str) -> None:
+        """Deletes a batch, its answers and its files. Raises NotFound."""
+        number, batch = self._batch(batch_id)
+        with self._transaction():
+            self._database.execute("DELETE FROM answers WHERE batch = ?", (number,))
+            self._database.execute("DELETE FROM batches WHERE number = ?", (number,))
+        self.answers_path(batch_id).unlink(missing_ok=True)
+        for file_id in (batch.input_file_id, batch.output_file_id, batch.error_file_id):
+            if file_id is not None:
+                self._drop_file(file_id)
+
     def change(self, batch_id: str, **fields: Any) -> Batch:
         """Sets fields of a batch, and returns the batch."""
         with self._transaction():

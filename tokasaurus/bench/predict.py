@@ -203,12 +203,13 @@ def run(config: PredictConfig) -> None:
 
 def _predictions(config: PredictConfig, dtype: str, checkpoint: Path) -> Iterator[Prediction]:
     """Calibrates in one dtype, then runs and predicts every workload, one after the other."""
-    flags = {
-        "kv_cache_num_tokens": config.kv_cache_num_tokens,
-        "max_seqs_per_forward": _MAX_SEQUENCES,
-        "max_tokens_per_forward": _MAX_BATCH_TOKENS,
-    }
-    engine = EngineConfig.from_flags(model=str(checkpoint), dtype=dtype, **flags)
+    engine = EngineConfig.from_flags(
+        model=str(checkpoint),
+        dtype=dtype,
+        kv_cache_num_tokens=config.kv_cache_num_tokens,
+        max_seqs_per_forward=_MAX_SEQUENCES,
+        max_tokens_per_forward=_MAX_BATCH_TOKENS,
+    )
     progress(f"{dtype}: calibrating")
     calibration = calibrated(engine, config.rounds)
     print_held_out(calibration)
@@ -216,8 +217,11 @@ def _predictions(config: PredictConfig, dtype: str, checkpoint: Path) -> Iterato
         "engine": "tokasaurus",
         "model": str(checkpoint),
         "dtype": dtype,
+        "device": "cpu",
         "cache_tokens": config.kv_cache_num_tokens,
-        "flags": flags,
+        "max_seqs": _MAX_SEQUENCES,
+        "batch_tokens": _MAX_BATCH_TOKENS,
+        "flags": {},
         "products": False,
     }
     with EngineProcess(sys.executable, settings) as process:

@@ -135,13 +135,25 @@ class EngineConfig:
     quantization: str | None = flag(
         None,
         group=_MODEL,
-        choices=("int8",),
+        choices=("int8", "fp8"),
         help=(
-            "int8, for device=cpu: weights of products in 8 bits, and activations quantized to 8 "
-            "bits as they are multiplied. It needs less memory and time, and tokens differ a "
-            "little. Everything else keeps dtype."
+            "Weights of products in 8 bits, and activations quantized to 8 bits as they are "
+            "multiplied. It needs less memory and time, and tokens differ a little. Everything "
+            "else keeps dtype. int8: for device=cpu. fp8: e4m3, for devices with compute "
+            "capability 8.9; on a CPU it takes more time, not less."
         ),
         adapts="weights in dtype",
+    )
+    kv_cache_dtype: str = flag(
+        "auto",
+        group=_MODEL,
+        choices=("auto", "fp8", "fp8_e4m3"),
+        help=(
+            "Precision of the KV cache. auto: dtype. fp8, which is fp8_e4m3: keys and values are "
+            "rounded to 8 bits as they are written, and attention computes in dtype. The cache "
+            "holds twice as many tokens in the same memory, and tokens differ a little. For "
+            "attention=triton and reference."
+        ),
     )
     deterministic: bool | None = flag(
         None,

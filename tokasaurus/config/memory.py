@@ -60,6 +60,7 @@ class Memory:
         num_sharing: workers that share the memory in equal parts.
         pp_size: stages, each with a part of the layers.
         tp_size: workers that share each layer.
+        keeps_e4m3: keys and values take a byte for each number.
     """
 
     device: str
@@ -70,6 +71,7 @@ class Memory:
     num_sharing: int = 1
     pp_size: int = 1
     tp_size: int = 1
+    keeps_e4m3: bool = False
 
     @property
     def free_bytes(self) -> int | None:
@@ -95,7 +97,8 @@ class Memory:
 
     def kv_bytes(self, num_tokens: int) -> int:
         """Bytes of a worker's part of a KV cache for this number of tokens."""
-        return num_tokens * self._kv_elements_per_token * self._element_bytes
+        width = 1 if self.keeps_e4m3 else self._element_bytes
+        return num_tokens * self._kv_elements_per_token * width
 
     def batch_bytes(self, num_tokens: int) -> int:
         """The most bytes of tensors that a batch of this number of tokens has at a time."""
@@ -120,7 +123,7 @@ class Memory:
             MemoryItem(
                 "KV cache",
                 self.kv_bytes(num_tokens),
-                f"{num_tokens:,} tokens of {self.kv_bytes(1):,} bytes in {self.dtype}",
+                f"{num_tokens:,} tokens of {self.kv_bytes(1):,} bytes in {self._kept_dtype}",
             ),
         ]
 
@@ -218,7 +221,8 @@ class Memory:
         """Why a KV cache of this size does not fit beside batches of ``max_tokens``."""
         return (
             f"needs a KV cache of {num_tokens} tokens, {amount(self.kv_bytes(num_tokens))} in"
-            f" {self.dtype}; {self._free()}, and beside {amount(self.weight_bytes)} of weights,"
+            f" {self._kept_dtype}; {self._free()}, and beside {amount(self.weight_bytes)} of"
+            " weights,"
             f" {amount(self.batch_bytes(max_tokens))} for batches of {max_tokens} tokens and"
             f" {amount(_PROCESS_BYTES)} for the process this holds {self.room(max_tokens)}"
         )
@@ -265,6 +269,10 @@ class Memory:
         heads = max(facts.num_kv_heads // self.tp_size, 1)  # with fewer heads, workers share them
         share = facts.kv_elements_per_token * self._most_layers * heads
         return max(ceil_div(share, facts.num_layers * facts.num_kv_heads), 1)
+
+    @property
+    def _kept_dtype(self) -> str:
+        return "fp8_e4m3" if self.keeps_e4m3 else self.dtype
 
     @property
     def _weight_dtype(self) -> str:

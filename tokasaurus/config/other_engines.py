@@ -83,7 +83,6 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "hf_overrides": Foreign("rope_scaling", _ROPE),
     "hf_repo": Foreign("model", _LOCAL),
     "json_model_override_args": Foreign("rope_scaling", _ROPE),
-    "kv_cache_dtype": Foreign("dtype", "weights and KV cache share one"),
     "kv_cache_memory_bytes": Foreign("kv_cache_num_tokens", "a number of tokens, not of bytes"),
     "limit_mm_per_prompt": Foreign(None, _TEXT_ONLY),
     "log_level_http": Foreign("uvicorn_log_level"),

@@ -91,6 +91,7 @@ def resolve(
     device = choose_device(config, num_cuda_devices, problems)
     dtype = choose_dtype(config.dtype, device, facts.dtype, bfloat16_instructions)
     _check_quantization(config, device, dtype.name, problems)
+    _check_kv_cache_dtype(config, problems)
     memory = Memory(
         device,
         memory_bytes,
@@ -101,6 +102,7 @@ def resolve(
         config.dp_size * config.pp_size * config.tp_size if device == "cpu" else 1,
         config.pp_size,
         config.tp_size,
+        keeps_e4m3=config.kv_cache_dtype != "auto",
     )
     if not memory.has_room_for_weights:
         problems.append(
@@ -150,6 +152,13 @@ def _check_quantization(config: EngineConfig, device: str, dtype: str, problems:
     if config.quantization is None:
         return
     flag = f"quantization={config.quantization}"
+    if config.quantization == "fp8":
+        if device == "cuda" and dtype != "bfloat16":
+            problems.append(
+                f"{flag}: on cuda its results are in bfloat16, and dtype is {dtype}; set"
+                " dtype=bfloat16, or leave one of them out"
+            )
+        return
     if device != "cpu":
         problems.append(
             f"{flag}: only device=cpu has kernels for it, and device={config.device} runs on"
@@ -163,6 +172,14 @@ def _check_quantization(config: EngineConfig, device: str, dtype: str, problems:
     if config.linear == "plain":
         problems.append(
             f"{flag}: linear=plain multiplies by weights in dtype; leave one of them out"
+        )
+
+
+def _check_kv_cache_dtype(config: EngineConfig, problems: list[str]) -> None:
+    if config.kv_cache_dtype != "auto" and config.attention in ("compiled", "flashinfer"):
+        problems.append(
+            f"kv_cache_dtype={config.kv_cache_dtype}: attention={config.attention} has no kernels"
+            " for it; set attention to triton or reference, or leave one of them out"
         )
 
 
@@ -469,6 +486,7 @@ def _worker(
         use_groups=config.use_hydragen,
         linear=config.linear,
         quantization=config.quantization,
+        kv_cache_dtype="auto" if config.kv_cache_dtype == "auto" else "fp8_e4m3",
         deterministic=config.deterministic,
         load_format=config.load_format,
         page_size=limits.page_size,

@@ -206,7 +206,8 @@ class WorkerConfig:
     instruction_set: str  # of the kernels on "cpu"; "auto" for the best one
     use_groups: bool | None  # read a shared prefix once; None where that saves time
     linear: str  # "auto", "plain" or "packed"
-    quantization: str | None  # of the products: "int8", or None
+    quantization: str | None  # of the products: "int8", "fp8" or None
+    kv_cache_dtype: str  # "auto" for dtype, or "fp8_e4m3"
     # Whether no result may depend on the batch; None if it costs nothing.
     deterministic: bool | None
     load_format: str  # "auto" or "dummy"

@@ -12,13 +12,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
-from tokasaurus.batch.offline import OfflineJob
-from tokasaurus.batch.records import Batch
+from tokasaurus.batch.offline import JobProgress, OfflineJob
+from tokasaurus.batch.prices import Prices
 from tokasaurus.batch.runner import BatchRunner
+from tokasaurus.batch.sharded import ShardedJob
+from tokasaurus.batch.shards import names_several, read_part
 from tokasaurus.config.engine import ENGINE
 from tokasaurus.config.parser import answer_question, parse, print_help
+from tokasaurus.config.schema import Schema
 from tokasaurus.errors import ConfigError, LaunchError, ModelError
+from tokasaurus.launch.batch_config import BatchRunConfig
 from tokasaurus.launch.batch_progress import ProgressDisplay
 from tokasaurus.launch.launching import placed
 from tokasaurus.launch.lifeline import Assignment, Done, Lifeline
@@ -35,19 +40,28 @@ from tokasaurus.text.preparation import Preparer
 
 __all__ = ["main"]
 
-_SCHEMA = dataclasses.replace(
-    ENGINE,
+_Job: TypeAlias = OfflineJob | ShardedJob
+
+_SCHEMA = Schema(
+    target=BatchRunConfig,
+    shortcuts=ENGINE.shortcuts,
+    retired=ENGINE.retired,
+    foreign=ENGINE.foreign,
+    reads_files=ENGINE.reads_files,
     program="toka-batch run INPUT OUTPUT",
     summary="Answer a file of requests without a server.\n\n"
     "If the command is stopped, run it again: it continues where it stopped.\n\n"
     "INPUT has one request per line (JSONL) or row (if its name ends with .parquet): a line of an\n"
     "OpenAI batch, or only its body, with a prompt or messages. OUTPUT, JSONL or Parquet, appears\n"
     "once all requests are answered, in the same order. The flags are those of the engine.\n\n"
+    "INPUT may also be a directory or a pattern in quotes ('in/*.jsonl'). Then OUTPUT is a\n"
+    "directory, in which each file of INPUT has an output of its own.\n\n"
     "With launcher=ray, INPUT and OUTPUT may be directories or URLs (s3://BUCKET/PATH): dp_size\n"
     "engines on a Ray cluster answer all files of INPUT.",
     examples=(
         "toka-batch run prompts.jsonl answers.jsonl",
         "toka-batch run in.parquet out.jsonl model=meta-llama/Llama-3.2-1B-Instruct",
+        "toka-batch run in_dir out_dir part=3/16 price_per_million=0.6",
         "toka-batch run in_dir out_dir launcher=ray dp_size=16",
     ),
 )
@@ -84,18 +98,30 @@ def _run(words: list[str], environment: Mapping[str, str]) -> int:
         raise ConfigError("name the input and the output: toka-batch run INPUT OUTPUT")
     for name in unused_flags(config, "toka-batch"):
         print(f"toka-batch: warning: {name} has no effect without a server", file=sys.stderr)
-    if "://" in names[0] or Path(names[0]).is_dir():
-        if config.launcher != "ray":
-            raise ConfigError(
-                f"{names[0]} is not a file; set launcher=ray, which answers directories of files"
-            )
+    source, target = names
+    is_remote = "://" in source
+    part = None if config.part is None else read_part(config.part)
+    if is_remote and config.launcher != "ray":
+        raise ConfigError(f"{source} is a URL; set launcher=ray, which reads those")
+    if part is not None and (config.launcher == "ray" or not names_several(source)):
+        raise ConfigError(
+            f"part={config.part} is for a directory or a pattern of files, without launcher=ray"
+        )
+    if is_remote or (config.launcher == "ray" and Path(source).is_dir()):
         from tokasaurus.integrations.ray.batches import run_directory
 
-        return run_directory(config, names[0], names[1])
+        return run_directory(config.engine, source, target, config.prices)
     # Its lines compete with one another only.
     slices, launcher = placed(dataclasses.replace(config, max_request_priority=MAX_PRIORITY))
-    job = OfflineJob(Path(names[0]), Path(names[1]), slices.server.model_name)
-    run = _BatchRun(job)
+    model = slices.server.model_name
+    job: _Job
+    if names_several(source):
+        job = ShardedJob(source, Path(target), model, part)
+    else:
+        job = OfflineJob(Path(source), Path(target), model)
+    run = _BatchRun(job, config.prices)
+    if run.is_done:
+        return run.conclude(0)
     status = Supervisor(slices, None, run.front, launcher).run()
     return run.conclude(status)
 
@@ -103,62 +129,70 @@ def _run(words: list[str], environment: Mapping[str, str]) -> int:
 class _BatchRun:
     """One run of the command, seen from outside the engine."""
 
-    def __init__(self, job: OfflineJob) -> None:
+    def __init__(self, job: _Job, prices: Prices | None) -> None:
         self._job = job
-        self._last: Batch | None = None
+        self._prices = prices
+        self._last = job.progress()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to be answered: an earlier run has done that."""
+        return self._last.is_final
 
     def front(self, assignment: Assignment, lifeline: Lifeline) -> None:
         """Runs the text core's process."""
-        self._last = asyncio.run(_Front(assignment, lifeline, self._job).run())
+        front = _Front(assignment, lifeline, self._job, self._prices)
+        self._last = asyncio.run(front.run())
 
     def conclude(self, status: int) -> int:
         """Publishes the output, or says how to continue; returns the exit status."""
-        batch, job = self._last, self._job
-        if batch is None or not batch.final:
+        last, job = self._last, self._job
+        if not last.is_final:
             job.store.close()
-            done = "" if batch is None else f" after {_answered(batch)} of {_total(batch)} lines"
+            has_begun = last.counts.total > 0
+            done = f" after {last.num_answered} of {_total(last)} lines" if has_begun else ""
             print(
                 f"toka-batch: stopped{done}; run the same command again to continue",
                 file=sys.stderr,
             )
             return status or 130
-        if batch.errors is not None:
-            for error in batch.errors.data[:10]:
-                where = "" if error.line is None else f"line {error.line}: "
-                print(f"toka-batch: error: {where}{error.message}", file=sys.stderr)
-            job.drop()
-            return 2
-        job.publish()
-        counts, usage = batch.request_counts, batch.usage
-        lines = "1 line" if counts.total == 1 else f"{counts.total} lines"
-        failed = f", {counts.failed} with an error" if counts.failed else ""
-        print(
-            f"{job.target}: {lines}{failed}; {usage.input_tokens} prompt tokens,"
-            f" {usage.output_tokens} generated",
-            file=sys.stderr,
-        )
-        return 0
+        errors = job.conclude()
+        for error in errors:
+            print(f"toka-batch: error: {error}", file=sys.stderr)
+        if last.num_answered or not errors:
+            print(f"{job.target}: {_summary(last, self._prices)}", file=sys.stderr)
+        return 2 if errors else 0
 
 
-def _answered(batch: Batch) -> int:
-    return batch.request_counts.completed + batch.request_counts.failed
+def _summary(progress: JobProgress, prices: Prices | None) -> str:
+    """What was done, in a line."""
+    counts, usage = progress.counts, progress.usage
+    files = "" if progress.files is None else f"{_counted(progress.files[1], 'file')}, "
+    failed = f", {counts.failed} with an error" if counts.failed else ""
+    cost = "" if prices is None else f"; cost {prices.shown(usage)}"
+    return (
+        f"{files}{_counted(progress.num_answered, 'line')}{failed}; {usage.input_tokens} prompt"
+        f" tokens, {usage.output_tokens} generated{cost}"
+    )
 
 
-def _total(batch: Batch) -> int:
-    return batch.request_counts.total
+def _counted(number: int, noun: str) -> str:
+    return f"1 {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _show(display: ProgressDisplay, batch: Batch, eta_s: float | None) -> None:
-    status = batch.status.replace("_", " ")
-    display.show(status, batch.request_counts, batch.usage, eta_s, final=batch.final)
+def _total(progress: JobProgress) -> str:
+    return f"{'about ' if progress.is_estimate else ''}{progress.counts.total}"
 
 
 class _Front(TextProcess):
     """The runner of batches in the place of a server."""
 
-    def __init__(self, assignment: Assignment, lifeline: Lifeline, job: OfflineJob) -> None:
+    def __init__(
+        self, assignment: Assignment, lifeline: Lifeline, job: _Job, prices: Prices | None
+    ) -> None:
         super().__init__(assignment, lifeline)
         self._job = job
+        self._prices = prices
         self._ready = asyncio.Event()
         self._stopped = asyncio.Event()
         self._runner = BatchRunner(
@@ -171,25 +205,25 @@ class _Front(TextProcess):
             joins_errors=True,
         )
 
-    async def run(self) -> Batch:
-        """Returns when the batch is finished, or cannot continue."""
+    async def run(self) -> JobProgress:
+        """Returns when the job is finished, or cannot continue."""
         self.watch()
         turning = asyncio.create_task(self.run_ring())
         working = asyncio.create_task(self._work())
         stopped = asyncio.create_task(self._stopped.wait())
         tasks = {turning, working, stopped}
         ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        await self._runner.stop()
-        batch = await self._runner.on_disk(self._runner.store.batch, self._job.batch_id)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+        await self._runner.stop()
+        last = await self._runner.on_disk(self._job.progress)
         for task in ended - {stopped}:
             task.result()  # raises what ended it
         await close_tracing(self.state.tracing)
         self.unwatch()
         self.lifeline.send(Done())
-        return batch
+        return last
 
     async def on_ready(self, preparer: Preparer, generations: Generations) -> None:
         await self._runner.start()
@@ -202,27 +236,30 @@ class _Front(TextProcess):
         self._stopped.set()
 
     async def _work(self) -> None:
-        with ProgressDisplay() as display:
+        with ProgressDisplay(self._prices) as display:
+            display.begin()
             await self._ready.wait()
-            work = asyncio.create_task(self._runner.wait(self._job.batch_id))
+            work = asyncio.create_task(self._job.run(self._runner))
             try:
                 while not work.done():
-                    batch = await self._batch()
-                    _show(display, batch, self._eta_s(batch))
+                    await self._show(display, await self._progress())
                     await asyncio.wait({work}, timeout=_REFRESH_S)
-                _show(display, await self._batch(), None)
+                work.result()
+                await self._show(display, await self._progress())
             finally:
                 work.cancel()
 
-    async def _batch(self) -> Batch:
-        return await self._runner.on_disk(self._runner.store.batch, self._job.batch_id)
+    async def _progress(self) -> JobProgress:
+        return await self._runner.on_disk(self._job.progress)
 
-    def _eta_s(self, batch: Batch) -> float | None:
-        """The manager's prediction for the lines that it has, and the same pace for the others."""
+    async def _show(self, display: ProgressDisplay, progress: JobProgress) -> None:
+        # The manager's prediction for the lines that it has, and the same pace for the others.
         backlog_s, num_here = self.state.etas().backlog_s, self._runner.num_lines_in_flight
-        if backlog_s is None or num_here == 0:
-            return None
-        return backlog_s * max(1.0, (batch.request_counts.total - _answered(batch)) / num_here)
+        num_left = progress.counts.total - progress.num_answered
+        forecast_s = None
+        if backlog_s is not None and num_here:
+            forecast_s = backlog_s * max(1.0, num_left / num_here)
+        display.show(progress, forecast_s, is_whole=num_left <= num_here)
 
 
 if __name__ == "__main__":

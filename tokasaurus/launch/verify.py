@@ -39,6 +39,7 @@ _TAKEN_FLAGS = (
     "instruction_set",
     "linear",
     "quantization",
+    "kv_cache_dtype",
     "load_format",
     "rope_scaling",
     "torch_compile",

@@ -18,6 +18,10 @@ each other, so work on one head reads long contiguous runs::
 
     position p  ->  page_table[slot, p // page_size], row p % page_size
 
+With ``heads_dtype`` bf16 or fp32, keys and values may be kept in e4m3, which takes half of the
+memory or a quarter. They are rounded as they are written, and widened as they are read: attention
+itself is in ``heads_dtype``.
+
 The memory is not initialised, so the operating system provides it as pages are first written. A
 backend must therefore not read beyond a sequence's length: 0 * NaN is NaN.
 """
@@ -30,6 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokasaurus.model.float8 import E4M3, to_e4m3
 from tokasaurus.model.storage import Region
 
 __all__ = ["KVCache"]
@@ -42,11 +47,13 @@ class KVCache:
     Attributes:
         keys: for each layer [num_pages, kv_heads, page_size, head_dim].
         values: of the same shape.
+        heads_dtype: of queries, keys and values outside of the cache.
         memory: of all these.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    heads_dtype: torch.dtype
     memory: Region
 
     @classmethod
@@ -60,14 +67,28 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        kept_dtype: torch.dtype | None = None,
     ) -> KVCache:
+        """Allocates the memory of all layers, uninitialised.
+
+        Args:
+            num_layers: of the worker.
+            num_pages: of the cache.
+            page_size: in tokens.
+            num_kv_heads: of the worker.
+            head_dim: numbers of a head.
+            dtype: of heads.
+            device: of the cache.
+            kept_dtype: of keys and values in the cache; None for that of heads.
+        """
         shape = (num_pages, num_kv_heads, page_size, head_dim)
         memory = Region()
 
         def tensors() -> tuple[Tensor, ...]:
-            return tuple(memory.empty(shape, dtype, device) for _ in range(num_layers))
+            kept = kept_dtype or dtype
+            return tuple(memory.empty(shape, kept, device) for _ in range(num_layers))
 
-        return cls(tensors(), tensors(), memory)
+        return cls(tensors(), tensors(), dtype, memory)
 
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         """Copies whole pages in every layer.
@@ -77,7 +98,22 @@ class KVCache:
             targets: [copies] int64; none of them is a source.
         """
         for tensor in self.keys + self.values:
-            tensor[targets] = tensor[sources]
+            raw = self.raw(tensor)
+            raw[targets] = raw[sources]
+
+    def raw(self, kept: Tensor) -> Tensor:
+        """A view of numbers of the cache, as ``rounded`` returns them."""
+        return kept.view(torch.uint8) if self.is_narrow else kept
+
+    def rounded(self, rows: Tensor) -> Tensor:
+        """Numbers as the cache keeps them; those in e4m3 as bytes, which every device can index."""
+        if self.is_narrow:
+            return to_e4m3(rows).view(torch.uint8)
+        return rows.to(self.dtype)
+
+    def widened(self, raw: Tensor) -> Tensor:
+        """What ``rounded`` has returned, in the dtype of heads."""
+        return raw.view(E4M3).to(self.heads_dtype) if self.is_narrow else raw
 
     def write_pages(
         self, pages: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], num_tokens: int
@@ -95,7 +131,7 @@ class KVCache:
         full, rest = divmod(num_tokens, self.page_size)
         split = (self.num_kv_heads, full, self.page_size, self.head_dim)
         for tensor, rows in zip(self.keys + self.values, (*keys, *values), strict=True):
-            rows = rows.to(tensor.device, tensor.dtype)
+            rows, tensor = self.rounded(rows.to(tensor.device)), self.raw(tensor)
             at = full * self.page_size
             tensor[pages[:full]] = rows[:, :at].reshape(split).transpose(0, 1)
             if rest:
@@ -109,11 +145,12 @@ class KVCache:
             num_tokens: at least 1.
 
         Returns:
-            Keys and values as ``write_pages`` takes them.
+            Keys and values as ``write_pages`` takes them, in the dtype of heads.
         """
 
         def read(tensor: Tensor) -> Tensor:
-            return tensor[pages].transpose(0, 1).flatten(1, 2)[:, :num_tokens].clone()
+            pages_of_all = self.widened(self.raw(tensor)[pages])
+            return pages_of_all.transpose(0, 1).flatten(1, 2)[:, :num_tokens].clone()
 
         return [read(tensor) for tensor in self.keys], [read(tensor) for tensor in self.values]
 
@@ -151,7 +188,13 @@ class KVCache:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of keys and values in the cache."""
         return self.keys[0].dtype
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether keys and values are in e4m3."""
+        return self.dtype == E4M3
 
     @property
     def num_bytes(self) -> int:

@@ -28,7 +28,7 @@ class Placement:
         device: of all of these.
         linear: the name of the linear method, see ``linear_methods.registry``.
         operators: the element-wise kernels.
-        quantization: of the products' weights: "int8", or None for the dtype.
+        quantization: of the products' weights: "int8" or "fp8", or None for the dtype.
         is_traced: torch.compile traces the layers, so kernels of ours become operators.
         instruction_set: that kernels of the CPU are compiled for; "auto" for the best one.
         parallel: the ranks that share each layer.

@@ -44,7 +44,7 @@ import numpy as np
 
 from tokasaurus.planner.curve import Curve
 from tokasaurus.protocol.arrays import EMPTY_INT32, Float64Array, Int32Array
-from tokasaurus.protocol.messages import Sampling
+from tokasaurus.protocol.messages import SAMPLING_NUMBERS, Sampling
 
 __all__ = [
     "INSTANT",
@@ -201,6 +201,10 @@ class AttentionCosts(_Costs, frozen=True, kw_only=True):
         return saved
 
 
+# A temperature of any other number than 0 is no filter.
+_FILTERS = SAMPLING_NUMBERS.keys() - {"temperature"}
+
+
 class DrawCosts(_Costs, frozen=True, kw_only=True):
     """What a row takes that draws a token, besides the head's product.
 
@@ -208,7 +212,7 @@ class DrawCosts(_Costs, frozen=True, kw_only=True):
         greedy_s: temperature 0.
         sampled_s: any other temperature, without filters.
         top_k_s: the same with ``top_k``.
-        top_p_s: the same with ``top_p`` or ``min_p``, and without ``top_k``.
+        top_p_s: the same with another filter, and without ``top_k``.
         adjusted_s: added if its logits are adjusted: by penalties, biases or banned words.
         logprobs_s: added if it gives logprobs.
     """
@@ -231,7 +235,7 @@ class DrawCosts(_Costs, frozen=True, kw_only=True):
             seconds = self.greedy_s
         elif sampling.top_k > 0:
             seconds = self.top_k_s
-        elif sampling.top_p < 1 or sampling.min_p > 0:
+        elif any(getattr(sampling, name) != SAMPLING_NUMBERS[name] for name in _FILTERS):
             seconds = self.top_p_s
         else:
             seconds = self.sampled_s

@@ -146,6 +146,7 @@ def test_processes_at_outposts_are_like_those_here(cluster):
     cluster.launch(*MANAGERS)
     for role in MANAGERS:
         assert cluster.notes(role) == [Ready()]
+        cluster.lifeline(role).send(Ready())  # its worker's
         answers(cluster.doors, role.replica)
     process, _ = cluster.started[MANAGERS[0]]
     process.kill()
@@ -158,6 +159,7 @@ def test_processes_at_outposts_are_like_those_here(cluster):
     # And one of them again, with new doors.
     cluster.launch(MANAGERS[0])
     assert cluster.notes(MANAGERS[0]) == [Ready()]
+    cluster.lifeline(MANAGERS[0]).send(Ready())
     answers(cluster.doors, 0)
 
 
@@ -181,6 +183,7 @@ def test_the_end_of_an_outpost_is_the_end_of_what_ran_there(cluster, monkeypatch
     cluster.launch(*MANAGERS)
     for role in MANAGERS:
         cluster.notes(role)
+        cluster.lifeline(role).send(Ready())  # its worker's
     pids = cluster.pids()
     cluster.running[1].outpost._is_dismissed = True  # it leaves at its next beat
     os.kill(pids[1], signal.SIGSTOP)  # and what it leaves behind may hang

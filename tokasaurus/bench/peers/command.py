@@ -42,7 +42,6 @@ from functools import partial
 from pathlib import Path
 
 from tokasaurus.bench.flags import scale
-from tokasaurus.bench.loads import Rates, bound_s
 from tokasaurus.bench.output import print_json, progress
 from tokasaurus.bench.peers.checkpoint import (
     SHAPES,
@@ -50,6 +49,7 @@ from tokasaurus.bench.peers.checkpoint import (
     make_checkpoint,
     make_once,
 )
+from tokasaurus.bench.peers.loads import Rates, bound_s
 from tokasaurus.bench.peers.processes import EngineProcess, driver_command, export_openvino
 from tokasaurus.bench.peers.results import Measurement, Results
 from tokasaurus.bench.peers.workloads import WORKLOADS, Workload

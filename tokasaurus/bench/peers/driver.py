@@ -89,7 +89,7 @@ class TokasaurusProcesses:
     """Ours in processes of its own: the manager plans ahead while the device computes."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        from tokasaurus.bench.loads import loaded_engine
+        from tokasaurus.bench.peers.loads import loaded_engine
         from tokasaurus.bench.peers.workloads import Request
         from tokasaurus.version import __version__
 

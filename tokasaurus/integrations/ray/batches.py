@@ -19,6 +19,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from tokasaurus.batch.offline import JobProgress
+from tokasaurus.batch.prices import Prices
 from tokasaurus.batch.records import RequestCounts, Usage
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.resolve import BUNDLED_MODEL_NAME
@@ -41,12 +43,15 @@ _NUM_READERS = 4  # files that are read at once
 _FORMER_RUN_S = 30.0  # within which the cluster has noticed that a run was killed
 
 
-def run_directory(config: EngineConfig, source: str, target: str) -> int:
+def run_directory(
+    config: EngineConfig, source: str, target: str, prices: Prices | None = None
+) -> int:
     """Answers all files of a directory.
 
     Args:
         config: ``dp_size`` is the number of engines.
         source, target: directories, as paths or URLs, that every node of the cluster reaches.
+        prices: of tokens; None if no cost is to be shown.
 
     Returns:
         The exit status: 0 if every line has an answer or an error of its own, 1 if an engine ended,
@@ -64,7 +69,7 @@ def run_directory(config: EngineConfig, source: str, target: str) -> int:
         files = input_files(requests)
         holder = _hold(ray, target, results)  # noqa: F841  # the actor ends with its last handle
         claim(results, config.served_model_name or config.model or BUNDLED_MODEL_NAME)
-        return _run(ray, config, requests, results, files, deadline)
+        return _run(ray, config, requests, results, files, deadline, prices)
     finally:
         ray.shutdown()
 
@@ -98,6 +103,7 @@ def _run(
     results: Directory,
     files: dict[str, int],
     deadline: float,
+    prices: Prices | None,
 ) -> int:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     # An actor is on one node, and so are all workers of its engine.
@@ -107,8 +113,8 @@ def _run(
     ray.util.remove_placement_group(reserve(ray, bundles, deadline))
     progress = _Progress(sum(files.values()))
     try:
-        with ProgressDisplay() as display:
-            display.show("loading the model", RequestCounts(), Usage(), None, final=False)
+        with ProgressDisplay(prices) as display:
+            display.begin()
             for item in _answered(config, requests, results, list(files), bundles).iter_rows():
                 row = decode_row(item["row"])
                 if isinstance(row, TokasaurusError):
@@ -121,7 +127,7 @@ def _run(
     except (EngineError, ray.exceptions.RayError) as error:
         print(f"toka-batch: error: {error}", file=sys.stderr)
         return progress.stopped(1)
-    progress.conclude(results)
+    progress.conclude(results, prices)
     return 0
 
 
@@ -212,7 +218,8 @@ class _Progress:
         total = round(self._num_done / share) if share else 0
         completed = self._num_done - self._num_failed
         counts = RequestCounts(total, completed, self._num_failed)
-        display.show("in progress", counts, self._usage, eta_s, final=share == 1.0)
+        progress = JobProgress("in progress", counts, self._usage, share == 1.0, share < 1.0)
+        display.show(progress, eta_s)
 
     def stopped(self, status: int) -> int:
         """Says how to continue; returns the exit status."""
@@ -220,13 +227,15 @@ class _Progress:
         print(f"toka-batch: stopped{done}; run the same command again to continue", file=sys.stderr)
         return status
 
-    def conclude(self, results: Directory) -> None:
+    def conclude(self, results: Directory, prices: Prices | None) -> None:
         """Says what was done."""
+        cost = "" if prices is None else f"; cost {prices.shown(self._usage)}"
         before = f", {self._num_before} of them answered before" if self._num_before else ""
         failed = f", {self._num_failed} with an error" if self._num_failed else ""
         print(
             f"{results.path}: {self._num_done} lines{before}{failed};"
-            f" {self._usage.input_tokens} prompt tokens, {self._usage.output_tokens} generated",
+            f" {self._usage.input_tokens} prompt tokens, {self._usage.output_tokens} generated"
+            f"{cost}",
             file=sys.stderr,
         )
         others = sorted(

@@ -338,12 +338,14 @@ class ModelHeads:
         num_kv_heads: key heads, and as many value heads.
         head_dim: numbers of a head.
         dtype: of the heads.
+        kept_dtype: of keys and values in the cache; None for that of the heads.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    kept_dtype: torch.dtype | None = None
 
 
 class Backend(Protocol):

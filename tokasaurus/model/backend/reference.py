@@ -85,7 +85,7 @@ class ReferenceBackend:
         cache = self._cache
         # Keys and values of a sequence are gathered, and widened. Each row of each query head has a
         # mask in bytes, and another one in fp32, if all rows are of this sequence.
-        positions = 2 * cache.num_kv_heads * cache.head_dim * (cache.dtype.itemsize + 4)
+        positions = 2 * cache.num_kv_heads * cache.head_dim * (cache.heads_dtype.itemsize + 4)
         group = ceil_div(self._num_heads, cache.num_kv_heads)
         return longest * (positions + num_rows * group * 5)
 
@@ -127,16 +127,17 @@ class ReferenceAttention:
         query, key, value = norm_and_rotate(
             heads, self._num_heads, self._cache.num_kv_heads, rotation, norms
         )
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys[self._pages, :, self._offsets] = key
-        values[self._pages, :, self._offsets] = value
+        cache = self._cache
+        keys, values = cache.raw(cache.keys[layer]), cache.raw(cache.values[layer])
+        keys[self._pages, :, self._offsets] = cache.rounded(key)
+        values[self._pages, :, self._offsets] = cache.rounded(value)
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         shared = self._attend_to_prefixes(query, keys, values)
         for sequence, (start, end) in enumerate(self._row_ranges):
             column = self._own_columns[sequence]
             pages = self._page_rows[sequence, column:]
             length = self._lengths[sequence] - column * self._cache.page_size
-            own = query[start:end], _gather(keys, pages, length), _gather(values, pages, length)
+            own = query[start:end], *(self._gather(kept, pages, length) for kept in (keys, values))
             if column:
                 partials = [*shared[sequence], _attend_partly(*own, is_causal=True)]
                 output[start:end] = _merged(partials).to(query.dtype)
@@ -156,8 +157,8 @@ class ReferenceAttention:
             length = (end - first) * self._cache.page_size
             whole = _attend_partly(
                 query[rows],
-                _gather(keys, pages, length),
-                _gather(values, pages, length),
+                self._gather(keys, pages, length),
+                self._gather(values, pages, length),
                 is_causal=False,
             )
             at = 0
@@ -166,6 +167,11 @@ class ReferenceAttention:
                 partials[member].append(_Partial(whole.mixed[part], whole.lse[part]))
                 at += len(own)
         return partials
+
+    def _gather(self, raw: Tensor, pages: Tensor, length: int) -> Tensor:
+        """One sequence's positions, [kv_heads, length, head_dim], without unwritten memory."""
+        used = raw[pages[: ceil_div(length, self._cache.page_size)]]
+        return self._cache.widened(used.transpose(0, 1).flatten(1, 2)[:, :length])
 
 
 class _Partial(NamedTuple):
@@ -229,13 +235,6 @@ def _attend_partly(query: Tensor, keys: Tensor, values: Tensor, *, is_causal: bo
         scores.masked_fill_(~visible[:, None, None], -torch.inf)
     mixed = torch.einsum("rkgl,kld->rkgd", scores.softmax(-1), values.float())
     return _Partial(mixed.reshape(num_rows, num_heads, head_dim), scores.logsumexp(-1).flatten(1))
-
-
-def _gather(cache: Tensor, pages: Tensor, length: int) -> Tensor:
-    """One sequence's positions, [kv_heads, length, head_dim], without unwritten memory."""
-    page_size = cache.shape[2]
-    used = cache[pages[: ceil_div(length, page_size)]]
-    return used.transpose(0, 1).flatten(1, 2)[:, :length]
 
 
 def _attend_sequence(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

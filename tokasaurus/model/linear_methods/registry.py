@@ -6,8 +6,9 @@ import logging
 from dataclasses import replace
 
 from tokasaurus.errors import ConfigError
-from tokasaurus.model.linear_methods import int8, packed
+from tokasaurus.model.linear_methods import fp8, int8, packed
 from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec, Sharding
+from tokasaurus.model.linear_methods.fp8 import Fp8Linear
 from tokasaurus.model.linear_methods.int8 import Int8Linear
 from tokasaurus.model.linear_methods.opaque import OpaqueLinear
 from tokasaurus.model.linear_methods.overlapped import OverlappedLinear
@@ -25,6 +26,8 @@ _METHODS: dict[str, type[PlainLinear] | type[PackedLinear]] = {
     "packed": PackedLinear,
 }
 
+_QUANTIZED: dict[str, type[Int8Linear] | type[Fp8Linear]] = {"int8": Int8Linear, "fp8": Fp8Linear}
+
 
 def choose_linear(place: Placement) -> Placement:
     """The placement with a method that runs there in place of ``auto``.
@@ -32,8 +35,10 @@ def choose_linear(place: Placement) -> Placement:
     Raises:
         ConfigError: the method or the quantization that the placement names cannot run there.
     """
-    if place.quantization is not None:
-        return _quantized(place)
+    if place.quantization == "int8":
+        return _in_int8(place)
+    if place.quantization == "fp8" and (reason := fp8.why_not(place)) is not None:
+        raise ConfigError(f"quantization=fp8 cannot run here: {reason}, or leave quantization out")
     if place.linear == "plain":
         return place
     reason = packed.why_not(place)
@@ -46,7 +51,7 @@ def choose_linear(place: Placement) -> Placement:
     return replace(place, linear="plain" if reason else "packed")
 
 
-def _quantized(place: Placement) -> Placement:
+def _in_int8(place: Placement) -> Placement:
     """The placement with the method for what is not quantized, which is packed, too."""
     reason = int8.why_not(place)
     if place.linear == "plain":
@@ -80,5 +85,5 @@ def _shared_method(spec: LinearSpec, place: Placement) -> ShardedLinear:
 def _method(spec: LinearSpec, place: Placement) -> LinearMethod:
     # The head and the embedding keep the dtype, see docs/decisions/0020-int8.md.
     if place.quantization is not None and spec.sharding is not Sharding.VOCABULARY:
-        return Int8Linear(spec, place)
+        return _QUANTIZED[place.quantization](spec, place)
     return _METHODS[place.linear](spec, place)

@@ -87,9 +87,9 @@ class RowsOfMode:
 
     @property
     def temperature(self) -> Tensor | None:
-        """[rows, 1] fp32, of unfiltered rows; None if all are 1."""
+        """[rows] fp32, of unfiltered rows; None if all are 1."""
         staged = self.kinds[0].temperature if self.kinds else None
-        return None if staged is None else staged.tensor
+        return None if staged is None else staged.tensor[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,7 +265,7 @@ class _KernelScores:
     Args:
         logits: of all rows of the batch, or the scores of the rows of one mode.
         index: [rows] int64, among those of the logits; None if they are all rows.
-        temperature: [rows, 1] fp32; None if all are 1.
+        temperature: [rows] fp32; None if all are 1.
         kernels: of the device.
     """
 
@@ -291,7 +291,7 @@ class _KernelScores:
         else:
             picked = self._logits[self._index, token_ids][:, None]
         picked = picked.to(torch.float32)
-        return picked if self._temperature is None else picked / self._temperature
+        return picked if self._temperature is None else picked / self._temperature[:, None]
 
     def ranked(self, top: RowsWithTop, depth: int) -> tuple[Tensor, Tensor]:
         some, temperature = top.index.tensor, self._temperature

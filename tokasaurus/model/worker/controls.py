@@ -244,7 +244,7 @@ class Controls:
 
         def joined(name: str) -> Tensor:
             """[kv_heads, num_tokens, head_dim]"""
-            parts = [tensors[name].to(cache.dtype) for tensors in files]
+            parts = [tensors[name].to(cache.heads_dtype) for tensors in files]
             return torch.cat(parts).transpose(0, 1)
 
         cache.write_pages(

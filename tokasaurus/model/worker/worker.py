@@ -36,6 +36,7 @@ from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
+from tokasaurus.model.float8 import E4M3
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.linear_methods.registry import choose_linear
 from tokasaurus.model.parallel.async_tp import open_overlap
@@ -168,6 +169,7 @@ class Worker:
             head_dim=heads.head_dim,
             dtype=place.dtype,
             device=place.device,
+            kept_dtype=heads.kept_dtype,
         )
         self._backend = backend(self._cache, heads.num_heads, options)
         self._state = SlotState(
@@ -231,7 +233,7 @@ class Worker:
             self._backend,
             self._model,
             hidden_size,
-            self._cache.dtype,
+            self._cache.heads_dtype,
             self._state.page_table,
             config.cudagraph_sizes,
             config.cudagraph_max_tokens,
@@ -452,7 +454,9 @@ def _heads(config: WorkerConfig, model: ModelConfig) -> ModelHeads:
         len(dealt(count, tp_rank, config.tp_size))
         for count in (model.num_heads, model.num_kv_heads)
     )
-    return ModelHeads(num_heads, num_kv_heads, model.head_dim, _DTYPES[config.dtype])
+    kept_dtype = E4M3 if config.kv_cache_dtype == "fp8_e4m3" else None
+    dtype = _DTYPES[config.dtype]
+    return ModelHeads(num_heads, num_kv_heads, model.head_dim, dtype, kept_dtype)
 
 
 def _refuse_other_attention(ranks: Ranks, name: str) -> None:

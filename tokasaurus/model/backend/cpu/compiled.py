@@ -149,7 +149,12 @@ class CompiledBackend:
 
     @classmethod
     def why_not_model(cls, heads: ModelHeads) -> str | None:
-        return None
+        if heads.kept_dtype is None:
+            return None
+        return (
+            "it has no kernels for a KV cache in e4m3; leave kv_cache_dtype out, or set"
+            " attention=reference"
+        )
 
     @classmethod
     def operators(cls, options: BackendOptions) -> Operators:

@@ -14,6 +14,8 @@ __all__ = ["attend_task", "merge_partials", "prepare_heads"]
 NEVER_SEEN = tl.constexpr(float("-inf"))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LARGEST_E4M3 = tl.constexpr(448.0)
+PROPAGATE_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit(do_not_specialize=["num_rows", "page_table_stride"])
@@ -90,6 +92,14 @@ def prepare_heads(
     place = (page * NUM_KV_HEADS + kv_head) * PAGE_SIZE + position % PAGE_SIZE
     in_page = place[:, None] * HEAD_DIM + d[None, :]
     is_key = is_number & (head >= NUM_HEADS)[:, None] & (head < NUM_HEADS + NUM_KV_HEADS)[:, None]
+    if keys.dtype.element_ty == tl.float8e4nv:
+        # What is larger than the largest number becomes it. NaN stays NaN.
+        new_left = tl.clamp(new_left.to(tl.float32), -LARGEST_E4M3, LARGEST_E4M3, PROPAGATE_NAN)
+        new_right = tl.clamp(new_right.to(tl.float32), -LARGEST_E4M3, LARGEST_E4M3, PROPAGATE_NAN)
+    new_left, new_right = (
+        new_left.to(keys.dtype.element_ty),
+        new_right.to(keys.dtype.element_ty),
+    )
     tl.store(keys + in_page, new_left, mask=is_key)
     tl.store(keys + in_page + half, new_right, mask=is_key)
     tl.store(values + in_page, new_left, mask=is_number & is_value[:, None])
@@ -162,7 +172,7 @@ def attend_task(
         place = (page * NUM_KV_HEADS + kv_head) * PAGE_SIZE + n % PAGE_SIZE
         in_page = place[:, None] * HEAD_DIM + d[None, :]
         is_read = is_there[:, None] & is_dim[None, :]
-        k = tl.load(keys + in_page, mask=is_read, other=0.0)
+        k = tl.load(keys + in_page, mask=is_read, other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_2
         is_seen = is_there[None, :] & (n[None, :] <= position[:, None])
         scores = tl.where(is_seen, scores, NEVER_SEEN)
@@ -172,7 +182,7 @@ def attend_task(
         shares = tl.exp2(scores - offset[:, None])
         shrink = tl.exp2(best - offset)
         total = total * shrink + tl.sum(shares, axis=1)
-        v = tl.load(values + in_page, mask=is_read, other=0.0)
+        v = tl.load(values + in_page, mask=is_read, other=0.0).to(q.dtype)
         mixed = mixed * shrink[:, None]
         mixed = tl.dot(shares.to(v.dtype), v, mixed, input_precision="ieee")
         best = new_best

@@ -51,6 +51,9 @@ _PROGRAMS_PER_PROCESSOR = 4
 _OLDEST = (8, 0)
 """The compute capability of the first devices with bf16 and asynchronous copies."""
 
+_OLDEST_WITH_E4M3 = (8, 9)
+"""That of the first devices that convert numbers to e4m3."""
+
 
 def is_interpreted() -> bool:
     """Whether Triton's kernels are interpreted, on tensors of the CPU."""
@@ -76,7 +79,7 @@ class TritonBackend:
 
     @classmethod
     def why_not_model(cls, heads: ModelHeads) -> str | None:
-        return None
+        return None if heads.kept_dtype is None else _why_not_e4m3(heads.dtype)
 
     @classmethod
     def operators(cls, options: BackendOptions) -> Operators:
@@ -99,7 +102,7 @@ class TritonBackend:
             cache.num_kv_heads,
             cache.head_dim,
             cache.page_size,
-            cache.dtype.itemsize,
+            cache.heads_dtype.itemsize,
             is_interpreted(),
         )
         few, many = (block // self._shape.group for block in self._shape.blocks)
@@ -258,6 +261,22 @@ def _group_bytes(cache: KVCache, num_heads: int, tiles: Tiles) -> GroupCosts:
     token = 2.0 * cache.num_kv_heads * cache.head_dim * cache.dtype.itemsize
     partial = num_heads * (cache.head_dim + 1) * torch.float32.itemsize
     return GroupCosts(token, token, 4.0 * partial, 0.0, KernelBlocks(tiles.many_rows, 1))
+
+
+def _why_not_e4m3(dtype: torch.dtype) -> str | None:
+    """Why kernels cannot keep keys and values in e4m3 here, with heads in this dtype."""
+    if dtype == torch.float32:
+        return "a KV cache in e4m3 needs dtype=bfloat16 or float16; leave kv_cache_dtype out"
+    if is_interpreted():
+        return "Triton's interpreter has no arithmetic for e4m3; set attention=reference"
+    capability = torch.cuda.get_device_capability()
+    if capability < _OLDEST_WITH_E4M3:
+        return (
+            f"this device has compute capability {'.'.join(map(str, capability))}, and a KV cache"
+            f" in e4m3 needs {'.'.join(map(str, _OLDEST_WITH_E4M3))}; leave kv_cache_dtype out, or"
+            " set attention=reference"
+        )
+    return None
 
 
 @cache
