@@ -1,6 +1,6 @@
 """What the kernels of attention need of a batch, on the device.
 
-A batch of decodes without groups is planned there, from the lengths that are there. This gives what
+Decodes without groups are planned there, from the lengths that are there. This gives what
 ``plan_tasks`` gives, and a row may have no sequence. Since the host does not have to know a length,
 it does the same work for any number of sequences, and a graph can contain all of it::
 
@@ -14,18 +14,20 @@ there are tasks of zeros, which do nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tokasaurus.model.backend.base import SequenceRows
+from tokasaurus.model.backend.grouping import NEVER, choose_groups
 from tokasaurus.model.backend.triton import planning
-from tokasaurus.model.backend.triton.planning import TASK_SIZE, Plan, Tiles
+from tokasaurus.model.backend.triton.planning import TASK_SIZE, Plan, Tiles, plan_tasks
 from tokasaurus.model.upload import Staging
 from tokasaurus.rounding import round_up
 
-__all__ = ["DevicePlan", "plan_decodes", "send_plan"]
+__all__ = ["DevicePlan", "plan_decodes", "plan_without_groups", "send_plan"]
 
 # Of a part of a plan: kernels are compiled for addresses that are multiples of 16 bytes.
 _ALIGNMENT = 4
@@ -77,6 +79,36 @@ def send_plan(plan: Plan, device: torch.device) -> DevicePlan:
     )
     tasks = few.view(-1, TASK_SIZE), many.view(-1, TASK_SIZE)
     return DevicePlan(slots, positions, starts, merged, *tasks, plan.num_partials)
+
+
+def plan_without_groups(rows: SequenceRows, tiles: Tiles) -> DevicePlan:
+    """Plans a batch that has decodes and no groups: these on the device, chunks on the host.
+
+    Args:
+        rows: of the batch.
+        tiles: of the kernels.
+    """
+    decodes = plan_decodes(*rows.decodes_on_device(), tiles)
+    count = rows.num_decodes
+    if count == len(rows.slots):
+        return decodes
+    some = rows.chunks()
+    plan = plan_tasks(some, choose_groups(some, 1, 1, NEVER), tiles)
+    # Their rows come behind those that decode: the fourth and the sixth number of a task are rows.
+    for tasks in (plan.few_tasks, plan.many_tasks):
+        tasks[:, [3, 5]] += count
+    plan = replace(plan, merged_rows=plan.merged_rows + np.int32(count))
+    chunks = send_plan(plan, rows.page_table.device)
+    starts = chunks.partial_starts + decodes.partial_starts[-1]
+    return DevicePlan(
+        row_slots=torch.cat((decodes.row_slots, chunks.row_slots)),
+        row_positions=torch.cat((decodes.row_positions, chunks.row_positions)),
+        partial_starts=torch.cat((decodes.partial_starts[:-1], starts)),
+        merged_rows=torch.cat((decodes.merged_rows, chunks.merged_rows)),
+        few_tasks=torch.cat((decodes.few_tasks, chunks.few_tasks)),
+        many_tasks=chunks.many_tasks,
+        num_partials=decodes.num_partials + chunks.num_partials,
+    )
 
 
 def plan_decodes(slots: Tensor, lengths: Tensor, tiles: Tiles) -> DevicePlan:
