@@ -12,6 +12,7 @@ It prints JSON: what was compiled, and how often batches after the first two com
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import triton
-from attention_batches import add_prefill, large_group, make_cache, random_steps, random_world
+from attention_batches import add_prefill, large_group, random_steps, random_world
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -30,6 +31,7 @@ from tokasaurus.model.backend.base import DRAW, HeadNorms, Rotation, SequenceRow
 from tokasaurus.model.backend.triton.backend import TritonBackend
 from tokasaurus.model.backend.triton.operators import TRITON_OPERATORS
 from tokasaurus.model.backend.triton.sampling import TRITON_SAMPLING
+from tokasaurus.model.kv_cache import KVCache
 
 _TARGET = GPUTarget("cuda", 90, 32)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -72,9 +74,11 @@ def main() -> None:
     JITFunction.run = compile_only
     num_later = {}
     for dtype in _DTYPES:
-        for shape in _SHAPES:
-            label = f"{dtype} {shape}"
-            backend, batches = _attention(dtype, *shape)
+        # The backend refuses a cache in e4m3 if attention is in fp32.
+        kept_dtypes = (None,) if dtype == torch.float32 else (None, torch.float8_e4m3fn)
+        for shape, kept in itertools.product(_SHAPES, kept_dtypes):
+            label = f"{dtype} {shape}" if kept is None else f"{dtype} {shape} {kept}"
+            backend, batches = _attention(dtype, kept, *shape)
             for number, (rows, norms) in enumerate(batches):
                 if number == 4:
                     num_first = len(compiled)
@@ -100,9 +104,18 @@ def main() -> None:
     json.dump({"compiled": compiled, "num_later": num_later}, sys.stdout)
 
 
-def _attention(dtype, num_heads, num_kv_heads, head_dim, page_size):
+def _attention(dtype, kept, num_heads, num_kv_heads, head_dim, page_size):
     """A backend, and batches: one row or many, with groups and without, of prompts and decodes."""
-    cache = make_cache(1000, page_size, num_kv_heads, head_dim, dtype)
+    cache = KVCache.allocate(
+        num_layers=1,
+        num_pages=1000,
+        page_size=page_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        kept_dtype=kept,
+    )
     norms = HeadNorms(*torch.ones(2, head_dim, dtype=dtype), 1e-5)
     plain, grouped = large_group(40, 40, page_size)
     first = [add_prefill(plain, 70), grouped]

@@ -12,7 +12,8 @@ with each option, in fp32 and in bf16:
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from checkpoints import VOCAB_SIZE, make_checkpoint
 from tokasaurus import LLM, SamplingParams
 from tokasaurus.model.backend import usable_backends
 from tokasaurus.model.backend.base import Backend, ModelHeads
-from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.facts import read_model_config
+from tokasaurus.model.float8 import E4M3
 
 __all__ = ["check", "make_model"]
 
@@ -72,36 +73,82 @@ def check(
         reference_checkpoint: that the CPU runs: the same one, unless this check is tested.
         compiles: try torch.compile, too.
     """
-    texts = _prompts(length=64)
     failures = []
-    with _engine("cpu", "float32", reference_checkpoint) as judge:
-        expected = _run(judge, texts)
-        with _engine("cpu", "bfloat16", reference_checkpoint) as llm:
-            rounded = _run(llm, texts)
-        check = _Check(device, checkpoint, judge, expected, rounded)
-        backends = usable_backends(torch.device(device))
-        for backend in backends:
-            options = list(_options(device, compiles))
-            if backend is not backends[0]:
-                # What layers do around attention is the same with every backend.
-                options = options[: 1 if backend is ReferenceBackend else 2]
-            for name, flags in options:
-                what = f"attention={backend.name}, {name}"
-                print(f" {what}")
-                found = check.failures(backend, {"attention": backend.name, **flags})
-                failures += [f"{what}: {failure}" for failure in found]
+    for flags, options in _groups(device, compiles):
+        with _expecting(device, checkpoint, reference_checkpoint, flags) as check:
+            failures += _check_options(check, options)
     return failures
 
 
-def _options(device: str, compiles: bool) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """Names and flags."""
-    yield "as usual", {}
-    groups = {"hydragen_min_group_size": 2, "hydragen_min_prefix_len": 16}
-    yield "prefixes read once", {"use_hydragen": True, **groups}
-    if compiles:
-        yield "torch_compile=T", {"torch_compile": True}
+@dataclass(frozen=True)
+class Option:
+    """What a user may ask for.
+
+    Attributes:
+        name: of it.
+        flags: that ask for it.
+        is_of_attention: backends differ in it. Otherwise it is checked with the best one alone.
+        in_float32: it exists there, too.
+    """
+
+    name: str
+    flags: Mapping[str, object]
+    is_of_attention: bool = False
+    in_float32: bool = True
+
+
+def _groups(device: str, compiles: bool) -> Iterator[tuple[Mapping[str, object], Sequence[Option]]]:
+    """Flags that change what a model computes, on the CPU too; and options to check with these."""
+    yield {}, list(_options(device, compiles))
     if device == "cuda":
-        yield "use_cudagraphs=F", {"use_cudagraphs": False}
+        for flags in _EIGHT_BITS:
+            (name,) = flags
+            yield flags, [Option(f"{name}=fp8", {}, name == "kv_cache_dtype", in_float32=False)]
+
+
+_EIGHT_BITS: tuple[Mapping[str, object], ...] = (
+    {"quantization": "fp8"},
+    {"kv_cache_dtype": "fp8"},
+)
+
+
+def _options(device: str, compiles: bool) -> Iterator[Option]:
+    yield Option("as usual", {}, is_of_attention=True)
+    groups = {"hydragen_min_group_size": 2, "hydragen_min_prefix_len": 16}
+    yield Option("prefixes read once", {"use_hydragen": True, **groups}, is_of_attention=True)
+    if compiles:
+        yield Option("torch_compile=T", {"torch_compile": True})
+    if device == "cuda":
+        yield Option("use_cudagraphs=F", {"use_cudagraphs": False})
+
+
+def _check_options(check: _Check, options: Sequence[Option]) -> list[str]:
+    """What is wrong, with each backend that has an option."""
+    failures = []
+    kept_dtype = E4M3 if "kv_cache_dtype" in check.flags else None
+    heads = check.heads(torch.bfloat16, kept_dtype)
+    backends = usable_backends(torch.device(check.device), heads=heads)
+    for backend in backends:
+        for option in options:
+            if backend is not backends[0] and not option.is_of_attention:
+                continue
+            what = f"attention={backend.name}, {option.name}"
+            print(f" {what}")
+            failures += [f"{what}: {each}" for each in check.failures(backend, option)]
+    return failures
+
+
+@contextmanager
+def _expecting(
+    device: str, checkpoint: Path, reference_checkpoint: Path, flags: Mapping[str, object]
+) -> Iterator[_Check]:
+    """A comparison with what the CPU computes with these flags."""
+    texts = _prompts(length=64)
+    with _engine("cpu", "float32", reference_checkpoint, **flags) as judge:
+        expected = _run(judge, texts)
+        with _engine("cpu", "bfloat16", reference_checkpoint, **flags) as llm:
+            rounded = _run(llm, texts)
+        yield _Check(device, checkpoint, flags, judge, expected, rounded)
 
 
 @dataclass
@@ -111,6 +158,7 @@ class _Check:
     Attributes:
         device: to check.
         checkpoint: that it runs.
+        flags: of both.
         judge: the CPU's engine in fp32.
         expected: what that computes.
         rounded: what the CPU computes in bf16.
@@ -118,14 +166,16 @@ class _Check:
 
     device: str
     checkpoint: Path
+    flags: Mapping[str, object]
     judge: LLM
     expected: Run
     rounded: Run
 
-    def failures(self, backend: type[Backend], flags: Mapping[str, object]) -> list[str]:
-        """What is wrong with these flags."""
+    def failures(self, backend: type[Backend], option: Option) -> list[str]:
+        """What is wrong with an option."""
         failures = []
-        if self._runs(backend, torch.float32):
+        flags = {**self.flags, "attention": backend.name, **option.flags}
+        if option.in_float32 and self._runs(backend, torch.float32):
             found = self._found("float32", flags)
             if found.tokens != self.expected.tokens:
                 failures.append("in float32, greedy tokens differ from the CPU's")
@@ -149,10 +199,14 @@ class _Check:
         with _engine(self.device, dtype, self.checkpoint, **flags) as llm:
             return _run(llm, _prompts(length=64))
 
-    def _runs(self, backend: type[Backend], dtype: torch.dtype) -> bool:
+    def heads(self, dtype: torch.dtype, kept_dtype: torch.dtype | None = None) -> ModelHeads:
+        """Those of the model."""
         config = read_model_config(self.checkpoint)
-        heads = ModelHeads(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
-        reason = backend.why_not_model(heads)
+        shape = config.num_heads, config.num_kv_heads, config.head_dim
+        return ModelHeads(*shape, dtype, kept_dtype)
+
+    def _runs(self, backend: type[Backend], dtype: torch.dtype) -> bool:
+        reason = backend.why_not_model(self.heads(dtype))
         if reason is not None:
             print(f"  {str(dtype).removeprefix('torch.')}: not compared, since {reason}")
         return reason is None

@@ -36,22 +36,45 @@ def few_tokens(monkeypatch):
     monkeypatch.setattr(gpu_parity, "_NUM_TOKENS", 12)
 
 
-def test_a_device_that_computes_the_same_passes(checkpoints, capsys):
+def test_a_device_that_computes_the_same_passes(checkpoints, capsys, monkeypatch):
+    _, groups, *_ = gpu_parity._options("cpu", compiles=False)
+    monkeypatch.setattr(gpu_parity, "_options", lambda *_: [groups])
     same, _ = checkpoints
     assert gpu_parity.check("cpu", same, same, compiles=False) == []
     lines = capsys.readouterr().out.splitlines()
     for what in (
-        "attention=compiled, as usual",
         "attention=compiled, prefixes read once",
-        "attention=reference, as usual",
+        "attention=reference, prefixes read once",
     ):
         assert f" {what}" in lines
-    assert len([line for line in lines if "bfloat16: logprobs differ" in line]) == 3
+    assert len([line for line in lines if "bfloat16: logprobs differ" in line]) == 2
 
 
 def test_options_of_a_gpu_are_tried_on_a_gpu():
-    names = [name for name, _ in gpu_parity._options("cuda", compiles=True)]
-    assert names == ["as usual", "prefixes read once", "torch_compile=T", "use_cudagraphs=F"]
+    groups = list(gpu_parity._groups("cuda", compiles=True))
+    assert [option.name for _, options in groups for option in options] == [
+        "as usual",
+        "prefixes read once",
+        "torch_compile=T",
+        "use_cudagraphs=F",
+        "quantization=fp8",
+        "kv_cache_dtype=fp8",
+    ]
+
+
+@pytest.mark.long
+def test_eight_bits_are_compared_with_eight_bits(checkpoints, capsys):
+    same, other = checkpoints
+    for flags in gpu_parity._EIGHT_BITS:
+        option = gpu_parity.Option("fp8", {}, is_of_attention=True, in_float32=False)
+        for checkpoint, is_same in ((same, True), (other, False)):
+            with gpu_parity._expecting("cpu", checkpoint, same, flags) as check:
+                failures = gpu_parity._check_options(check, [option])
+            assert (failures == []) == is_same, (flags, failures)
+    # A KV cache in e4m3 is for the reference alone, on a CPU.
+    printed = capsys.readouterr().out
+    assert printed.count("attention=compiled, fp8") == 2
+    assert printed.count("attention=reference, fp8") == 4
 
 
 @pytest.fixture
@@ -84,7 +107,9 @@ def test_kernels_that_compute_something_else_fail(few_shapes, monkeypatch):
 
 
 def test_a_device_that_computes_something_else_fails_in_both_dtypes(checkpoints, monkeypatch):
-    monkeypatch.setattr(gpu_parity, "_options", lambda *_: [("as usual", {})])
+    monkeypatch.setattr(
+        gpu_parity, "_options", lambda *_: [gpu_parity.Option("as usual", {}, is_of_attention=True)]
+    )
     one, other = checkpoints
     failures = "\n".join(gpu_parity.check("cpu", one, other, compiles=False))
     for part in (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from rows import named
+
 from tokasaurus.bench.main import main
 from tokasaurus.bench.quantization import _Answers, _compare
 
@@ -18,23 +20,31 @@ def measured(capsys, *flags):
 
 def test_passages_of_the_bundled_model_are_compared(capsys):
     table, values = measured(capsys)
-    assert len(table) == 4
-    full, quantized = values["rows"]
+    full, *changed = values["rows"]
+    assert len(table) == 2 + 1 + len(changed)
     assert values["texts"] == 3
-    assert (full["engine"], quantized["engine"]) == ("float32", "float32, int8")
+    assert full["engine"] == "float32"
+    assert [each["engine"] for each in changed] == [
+        "float32, int8",
+        "float32, fp8",
+        "float32, kv_cache_fp8",
+    ]
     for name in ("perplexity_ratio", "same_top_token", "same_greedy_tokens", "same_continuations"):
         assert full[name] == 1
     assert full["first_difference"] == 4
     # The model was trained on such passages; an untrained one has about 2,048.
     assert 1 < full["perplexity"] < 20
-    assert quantized["perplexity"] != full["perplexity"]
-    assert abs(quantized["perplexity_ratio"] - 1) < 0.05
+    for each in changed:
+        with named(each["engine"]):
+            assert each["perplexity"] != full["perplexity"]
+            assert abs(each["perplexity_ratio"] - 1) < 0.05
 
 
 def test_parts_of_a_file_are_compared(capsys, tmp_path):
     path = tmp_path / "text"
     path.write_text("Once upon a time a clever Stegosaurus lived near a quiet lake. " * 20)
-    _, values = measured(capsys, f"text={path}", "text_tokens=50", "num_texts=2")
+    flags = [f"text={path}", "text_tokens=50", "num_texts=2", "changes=int8"]
+    _, values = measured(capsys, *flags)
     assert (values["texts"], values["text_tokens"]) == (2, 100)
 
 

@@ -21,7 +21,7 @@ COMMANDS = {
     "parallel": "several processes of this machine against one, on the same workload",
     "training": "what a trained cartridge knows of a document, with the bundled model",
     "cartridges": "requests behind a cartridge against the same text in their prompts",
-    "quantization": "what int8 weights change: perplexity and greedy answers",
+    "quantization": "what 8 bits change, in weights or the KV cache: perplexity and greedy answers",
     "calibrate": "a cost model of this machine, for predictions in virtual time",
     "predict": "what a calibrated cost model predicts, against real runs of the same workloads",
     "roofline": "how fast this machine multiplies matrices and reads memory",

@@ -1,10 +1,16 @@
-"""``toka-bench quantization``: what int8 weights change: perplexity and greedy answers.
+"""``toka-bench quantization``: what 8 bits change: perplexity and greedy answers.
 
     toka-bench quantization                              the bundled model
     toka-bench quantization model=DIR text=FILE          any model, on a text of yours
 
-Runs the embedded engine in each dtype, without quantization and with quantization=int8, one after
-the other. Each is compared with the first, which is not quantized.
+Runs the embedded engine in each dtype, as usual and with each change, one after the other. Each is
+compared with the first, in which nothing has 8 bits.
+
+============  ====================================================================================
+int8          quantization=int8
+fp8           quantization=fp8
+kv_cache_fp8  kv_cache_dtype=fp8, with attention=reference
+============  ====================================================================================
 
 ==========================  ====================================================================
 perplexity                  of the texts: e to the power of the mean loss of their tokens
@@ -22,7 +28,7 @@ difference between the rows means anything: the perplexity is about the size of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -42,6 +48,13 @@ __all__ = ["SCHEMA", "QuantizationConfig", "run"]
 
 _DTYPES = ("float32", "bfloat16")
 
+# The flags of each.
+_CHANGES: Mapping[str, Mapping[str, str]] = {
+    "int8": {"quantization": "int8"},
+    "fp8": {"quantization": "fp8"},
+    "kv_cache_fp8": {"kv_cache_dtype": "fp8", "attention": "reference"},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
@@ -56,6 +69,9 @@ class QuantizationConfig:
     dtypes: tuple[str, ...] = flag(
         _DTYPES, choices=_DTYPES, help="Of the activations; the first one's model is the measure."
     )
+    changes: tuple[str, ...] = flag(
+        tuple(_CHANGES), choices=tuple(_CHANGES), help="What has 8 bits, one at a time."
+    )
     num_texts: int = flag(64, minimum=1, help="The most parts of the text, or passages.")
     text_tokens: int = flag(256, minimum=2, help="Tokens of a part of the file.")
     max_tokens: int = flag(64, minimum=1, help="Tokens of each greedy continuation.")
@@ -69,7 +85,7 @@ class QuantizationConfig:
 SCHEMA = Schema(
     target=QuantizationConfig,
     program="toka-bench quantization",
-    summary="What int8 weights change: perplexity and greedy answers.",
+    summary="What 8 bits change: perplexity and greedy answers.",
     examples=(
         "toka-bench quantization",
         "toka-bench quantization model=DIR text=FILE dtypes=bfloat16",
@@ -114,10 +130,10 @@ def run(config: QuantizationConfig) -> None:
     samples: list[_Sample] = []
     measure: _Answers | None = None
     for dtype in config.dtypes:
-        for quantization in (None, "int8"):
-            name = dtype if quantization is None else f"{dtype}, {quantization}"
+        for change in (None, *config.changes):
+            name = dtype if change is None else f"{dtype}, {change}"
             progress(f"{name}: loading")
-            with _start(config, dtype, quantization) as llm:
+            with _start(config, dtype, {} if change is None else _CHANGES[change]) as llm:
                 samples = samples or _samples(config, llm.get_tokenizer())
                 answers = _answer(config, llm, samples, name)
             measure = measure or answers
@@ -129,18 +145,18 @@ def run(config: QuantizationConfig) -> None:
     )
 
 
-def _start(config: QuantizationConfig, dtype: str, quantization: str | None) -> LLM:
+def _start(config: QuantizationConfig, dtype: str, flags: Mapping[str, str]) -> LLM:
     from tokasaurus.launch.llm import LLM  # imports torch, which --help does not need
 
     # A small cache: the command may run beside an engine.
     return LLM(
         config.model,
         dtype=dtype,
-        quantization=quantization,
         device="cpu",
         kv_cache_num_tokens=16384,
         max_seqs_per_forward=64,
         max_tokens_per_forward=1024,
+        **flags,
     )
 
 

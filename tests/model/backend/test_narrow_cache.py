@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -112,6 +114,8 @@ def test_backends_that_cannot_say_what_can(monkeypatch):
     assert "needs 8.9; leave kv_cache_dtype out" in (TritonBackend.why_not_model(NARROW) or "")
     capability = (9, 0)
     assert TritonBackend.why_not_model(NARROW) is None
+    wide = replace(NARROW, dtype=torch.float32)
+    assert "needs dtype=bfloat16 or float16" in (TritonBackend.why_not_model(wide) or "")
     assert "set attention=triton" in (why_not_heads(NARROW) or "")
     with pytest.raises(ConfigError, match=r"attention=compiled: .* set attention=reference"):
         choose_backend("compiled", CPU, heads=NARROW)

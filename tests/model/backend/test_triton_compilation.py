@@ -51,6 +51,14 @@ def test_each_kernel_becomes_a_cubin_for_sm_90_in_each_dtype(result):
             assert each["target"] == "sm_90a"
 
 
+def test_attention_over_a_cache_in_e4m3_is_compiled_for_both_half_precisions(result):
+    narrow = [each for each in result["compiled"] if "float8" in each["label"]]
+    for dtype in ("torch.float16", "torch.bfloat16"):
+        of_dtype = {each["kernel"] for each in narrow if each["label"].startswith(dtype)}
+        assert of_dtype >= {"prepare_heads", "attend_task"}
+    assert not any(each["label"].startswith("torch.float32") for each in narrow)
+
+
 def test_attention_in_half_precision_runs_on_tensor_cores_and_copies_ahead(result):
     for each in result["compiled"]:
         if each["kernel"] == "attend_task":

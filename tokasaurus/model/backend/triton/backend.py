@@ -79,7 +79,7 @@ class TritonBackend:
 
     @classmethod
     def why_not_model(cls, heads: ModelHeads) -> str | None:
-        return None if heads.kept_dtype is None else _why_not_e4m3()
+        return None if heads.kept_dtype is None else _why_not_e4m3(heads.dtype)
 
     @classmethod
     def operators(cls, options: BackendOptions) -> Operators:
@@ -263,8 +263,10 @@ def _group_bytes(cache: KVCache, num_heads: int, tiles: Tiles) -> GroupCosts:
     return GroupCosts(token, token, 4.0 * partial, 0.0, KernelBlocks(tiles.many_rows, 1))
 
 
-def _why_not_e4m3() -> str | None:
-    """Why kernels cannot keep keys and values in e4m3 here."""
+def _why_not_e4m3(dtype: torch.dtype) -> str | None:
+    """Why kernels cannot keep keys and values in e4m3 here, with heads in this dtype."""
+    if dtype == torch.float32:
+        return "a KV cache in e4m3 needs dtype=bfloat16 or float16; leave kv_cache_dtype out"
     if is_interpreted():
         return "Triton's interpreter has no arithmetic for e4m3; set attention=reference"
     capability = torch.cuda.get_device_capability()
