@@ -10,7 +10,8 @@ stand-in refuses what FlashInfer refuses, and what FlashInfer would take and the
 - a run without a plan, with a number of rows or a size of pages that was not planned,
 - pages outside of the cache, and lengths that do not fit their pages.
 
-It does not read what a kernel would not read either: of pages, positions that were not named.
+It does not read what a kernel would not read either: of pages, positions that were not named. Of
+tensors without numbers (``fake_cuda``) it checks everything else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 from types import SimpleNamespace
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 __all__ = [
     "DTYPES",
@@ -130,6 +132,24 @@ class _Wrapper:
         ):
             _check_indices(name, array, cpu)
         _check_indices("pages", pages, self._device)
+        with unset_fake_temporarily():
+            num_rows = int(query_starts[-1])
+            self._check_lengths(*arrays, seq_lens, page_size)
+        if head_dim not in (64, 128, 256) or num_heads % num_kv_heads:
+            _refuse(f"{num_heads} heads, {num_kv_heads} key heads of {head_dim}")
+        if options["q_data_type"] not in DTYPES:
+            _refuse(f"no kernels for {options['q_data_type']}")
+        self._planned = SimpleNamespace(
+            arrays=[array.clone() for array in arrays],
+            num_rows=num_rows,
+            shape=(num_heads, head_dim),
+            cache_shape=(num_kv_heads, page_size, head_dim),
+            **options,
+        )
+
+    def _check_lengths(
+        self, query_starts, page_starts, pages, last_page_lengths, seq_lens, page_size
+    ):
         if len(pages) != page_starts[-1] or len(page_starts) != len(query_starts):
             _refuse("there are not as many pages or requests as the starts say")
         expected = (page_starts.diff() - 1).clamp(min=0) * page_size + last_page_lengths
@@ -138,17 +158,6 @@ class _Wrapper:
         # FlashInfer looks for the longest like this.
         if len(seq_lens) and max(seq_lens).item() != expected.max():
             _refuse("max() of the lengths is not the longest")
-        if head_dim not in (64, 128, 256) or num_heads % num_kv_heads:
-            _refuse(f"{num_heads} heads, {num_kv_heads} key heads of {head_dim}")
-        if options["q_data_type"] not in DTYPES:
-            _refuse(f"no kernels for {options['q_data_type']}")
-        self._planned = SimpleNamespace(
-            arrays=[array.clone() for array in arrays],
-            num_rows=int(query_starts[-1]),
-            shape=(num_heads, head_dim),
-            cache_shape=(num_kv_heads, page_size, head_dim),
-            **options,
-        )
 
     def _run(self, query, pages, out, lse, return_lse):
         planned = self._planned
@@ -172,6 +181,8 @@ class _Wrapper:
         _check_contiguous("the output", out)
         if lse is not None and (lse.dtype != torch.float32 or lse.shape != query.shape[:2]):
             _refuse("the LSE is not [rows, heads] in float32")
+        if isinstance(query, FakeTensor):
+            return out if lse is None else (out, lse)
         result, sums = attend_paged(
             query, keys, values, *planned.arrays, is_causal=planned.causal, scale=planned.sm_scale
         )
@@ -218,7 +229,8 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         max_token_per_sequence=None,
     ):
         arrays = qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
-        most = int(qo_indptr.diff().max())
+        with unset_fake_temporarily():
+            most = int(qo_indptr.diff().max())
         if max_token_per_sequence != most:
             _refuse(f"max_token_per_sequence={max_token_per_sequence}, and the most are {most}")
         if self._backend == "fa3" and not causal:
@@ -266,7 +278,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         sm_scale=None,
         seq_lens=None,
     ):
-        arrays = torch.arange(len(indptr), dtype=torch.int32), indptr, indices, last_page_len
+        with unset_fake_temporarily():
+            starts = torch.arange(len(indptr), dtype=torch.int32)
+        arrays = starts, indptr, indices, last_page_len
         options = {
             "causal": False,
             "sm_scale": sm_scale,
@@ -306,7 +320,11 @@ def append_paged_kv_cache(
         _refuse("the numbers of a key or value are apart")
     if not len(append_key) == len(append_value) == len(batch_indices) == len(positions):
         _refuse("there are not as many positions as keys")
-    if len(kv_indptr) != len(kv_last_page_len) + 1 or kv_indptr[-1] != len(kv_indices):
+    if len(kv_indptr) != len(kv_last_page_len) + 1:
+        _refuse("there are not as many starts of pages as requests")
+    if isinstance(append_key, FakeTensor):
+        return
+    if kv_indptr[-1] != len(kv_indices):
         _refuse("there are not as many pages or requests as the starts say")
     columns = positions.long() // keys.shape[2]
     places = kv_indptr[batch_indices.long()] + columns

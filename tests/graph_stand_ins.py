@@ -250,13 +250,14 @@ class _PaddedPlan:
     def __init__(
         self, backend: PaddedBackend, num_rows: int, page_table: Tensor, max_tokens: int
     ) -> None:
-        self._backend, self._num_rows = backend, num_rows
+        self._backend, self._num_rows, self._is_filled = backend, num_rows, False
         num_columns = min(ceil_div(max_tokens, backend._cache.page_size), page_table.shape[1])
         self._attention = _PaddedAttention(
             backend, page_table[:, :num_columns], torch.zeros(4, num_rows, dtype=torch.int64)
         )
 
     def attention(self) -> _PaddedAttention:
+        assert self._is_filled, "it has never been filled"
         return self._attention
 
     def fill(self, rows: SequenceRows | None) -> bool:
@@ -270,6 +271,7 @@ class _PaddedPlan:
             plan[:3, count:] = plan[:3, :1]
         self._attention.plan.copy_(torch.from_numpy(plan))
         self._backend.grouped_rows = NO_GROUPED_ROWS
+        self._is_filled = True
         return True
 
 

@@ -348,7 +348,8 @@ class World:
             if request_id not in self.aborted and request_id not in self.rejected:
                 assert self.num_finished[request_id] == (request.first_k or request.n)
             samples = [answer for name, answer in self.answers.items() if name[0] == request_id]
-            if request.report_stages and any(answer.ids for answer in samples):
+            has_tokens = request.progress is None and any(answer.ids for answer in samples)
+            if request.report_stages and has_tokens:
                 assert Stage.FIRST_TOKEN in self.stages[request_id]
 
     def check_empty(self) -> None:
@@ -590,7 +591,7 @@ class World:
         before = self.stages[request_id]
         assert bool(before) == (stage is not Stage.ADMITTED), "a request is not admitted once"
         assert stage is Stage.PREEMPTED or stage not in before, "a first token came twice"
-        if stage is Stage.FIRST_TOKEN:
+        if stage is Stage.FIRST_TOKEN and self.requests[request_id].progress is None:
             samples = [answer for name, answer in self.answers.items() if name[0] == request_id]
             assert not any(answer.ids for answer in samples if answer.reason), "it came too late"
         before.append(stage)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,15 @@ from rows import named
 from worker_driver import Enter, generate, make_driver
 
 from tokasaurus.errors import EngineError
+from tokasaurus.model.backend.base import SequenceRows
+from tokasaurus.model.facts import read_model_config
+from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.model.placement import Placement
+from tokasaurus.model.weights.loader import load_model
 from tokasaurus.model.worker import worker as worker_module
+from tokasaurus.model.worker.graphed_runner import graphed
+from tokasaurus.model.worker.runner import EagerRunner
+from tokasaurus.model.worker.slot_state import PlannedBatch
 from tokasaurus.protocol.commands import ReleaseMemory, RestoreMemory
 from tokasaurus.protocol.messages import Sampling
 
@@ -172,3 +181,57 @@ def test_the_recorder_finds_what_a_graph_must_not_do():
         RecordingGraphs().record(lambda: inside * inside[0].item())
     with pytest.raises(AssertionError, match="waits for the device"):
         RecordingGraphs().record(lambda: inside[inside > 0])
+
+
+def test_stages_of_a_pipeline_run_as_graphs_one_after_the_other(checkpoint):
+    """A later stage changes its inputs, and what an earlier one returns is still on its way."""
+    path = checkpoint("llama")
+    config = read_model_config(path)
+    place = Placement(torch.float32, torch.device("cpu"), "plain")
+    table = torch.arange(8, dtype=torch.int32).view(4, 2)
+    runners, caches = [], []
+    for stage in (range(1), range(1, config.num_layers), None):
+        model, _, _ = load_model(path, config, place, stage=stage)
+        cache = KVCache.allocate(
+            num_layers=len(model.layers),
+            num_pages=8,
+            page_size=16,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        for tensor in cache.keys + cache.values:
+            tensor.zero_()
+        backend = PaddedBackend(cache, config.num_heads)
+        runner = EagerRunner(model, backend)
+        arguments = config.hidden_size, torch.float32, table, SIZES, 32
+        if stage is not None:
+            runner = graphed(runner, backend, model, *arguments, RecordingGraphs)
+        runner.warmed_up()
+        runners.append(runner)
+        caches.append(cache)
+    first, second, whole = runners
+    expected, found = [], []
+    with torch.inference_mode():
+        for step in range(3):
+            batch = decodes(table, np.array([[3, 1, 0], [2, 3], [0, 2, 1, 3]][step]), step + 1)
+            expected.append(whole.run(batch).clone())
+            between = first.run(batch)
+            kept = between.clone()
+            found.append(second.run(replace(batch, inputs=between)).clone())
+            first.run(replace(batch, inputs=batch.inputs + 1))
+            assert torch.equal(between, kept)
+            first.run(batch)  # writes the keys that the next step reads
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def decodes(table, slots, length):
+    """Each sequence's row at the same position, all positions before which are zeros."""
+    count, lengths = len(slots), np.full(len(slots), length, np.int32)
+    rows = SequenceRows(
+        slots.astype(np.int32), np.arange(count + 1), lengths, lengths - 1, table, count
+    )
+    inputs, positions = torch.from_numpy(slots) + 5, torch.full((count,), length - 1)
+    return PlannedBatch(inputs, positions, rows, None, None, None, None, None)

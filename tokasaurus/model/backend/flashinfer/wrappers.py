@@ -197,7 +197,7 @@ class PlannedWrapper:
     def __init__(self, wrapped: Any, device: torch.device) -> None:
         self.wrapped = wrapped
         # Behind the copy of the last plan. Where nothing is asynchronous there is none.
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copied = torch.Event(device) if device.type == "cuda" else None
 
     def plan(self, *arrays: object, **options: object) -> Any:
         """Plans it, and returns it."""
