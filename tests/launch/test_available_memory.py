@@ -38,7 +38,9 @@ def test_a_control_group_leaves_its_limit_less_what_it_cannot_drop(root: Path) -
 
 def test_a_limit_around_it_holds_too(root: Path) -> None:
     write(root / "proc/self", cgroup="0::/pods/one")
-    write(root / "sys/fs/cgroup/pods/one", memory__max="max", memory__current=1, memory__stat="anon 0")
+    write(
+        root / "sys/fs/cgroup/pods/one", memory__max="max", memory__current=1, memory__stat="anon 0"
+    )
     group = root / "sys/fs/cgroup/pods"
     write(group, memory__max=4 * GB, memory__current=GB, memory__stat="inactive_file 0")
     assert available_memory_bytes(root) == 3 * GB
