@@ -31,7 +31,14 @@ MAX_LENGTH = 200
 
 
 def make_cache(
-    num_pages, page_size, num_kv_heads, head_dim, dtype=torch.float32, num_layers=1, device="cpu"
+    num_pages,
+    page_size,
+    num_kv_heads,
+    head_dim,
+    dtype=torch.float32,
+    num_layers=1,
+    device="cpu",
+    kept_dtype=None,
 ):
     """A cache full of NaN, as uninitialised memory may be, so that reading too far shows."""
     cache = KVCache.allocate(
@@ -42,6 +49,7 @@ def make_cache(
         head_dim=head_dim,
         dtype=dtype,
         device=torch.device(device),
+        kept_dtype=kept_dtype,
     )
     for tensor in cache.keys + cache.values:
         tensor.fill_(torch.nan)

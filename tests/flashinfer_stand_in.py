@@ -69,7 +69,14 @@ def _check_cache(pages, dtype, layout):
         _refuse("keys and values differ in strides, or the numbers of a head are apart")
     if keys.dtype != dtype or values.dtype != dtype:
         _refuse(f"the cache is {keys.dtype}, and {dtype} was planned")
+    # Numbers in e4m3 cannot be indexed on the CPU. Their bytes can.
+    if dtype.itemsize == 1:
+        keys, values = keys.view(torch.uint8), values.view(torch.uint8)
     return (keys, values) if layout == "HND" else (keys.transpose(1, 2), values.transpose(1, 2))
+
+
+def _numbers(kept):
+    return (kept.view(torch.float8_e4m3fn) if kept.dtype == torch.uint8 else kept).double()
 
 
 def attend_paged(
@@ -95,7 +102,7 @@ def attend_paged(
             _refuse(f"request {request} reads pages outside of the cache")
         length = (len(its_pages) - 1) * page_size + last
         mine = [
-            each[its_pages].transpose(0, 1).flatten(1, 2)[:, :length].double()
+            _numbers(each[its_pages]).transpose(0, 1).flatten(1, 2)[:, :length]
             for each in (keys, values)
         ]
         wide = [each.repeat_interleave(num_heads // num_kv_heads, dim=0) for each in mine]
@@ -331,8 +338,8 @@ def append_paged_kv_cache(
     if (columns < 0).any() or (places >= kv_indptr[batch_indices.long() + 1]).any():
         _refuse("a position is outside of its request's pages")
     pages, offsets = kv_indices[places].long(), positions.long() % keys.shape[2]
-    keys[pages, :, offsets] = append_key
-    values[pages, :, offsets] = append_value
+    keys[pages, :, offsets] = append_key.view(keys.dtype)
+    values[pages, :, offsets] = append_value.view(keys.dtype)
 
 
 def merge_state_in_place(v, s, v_other, s_other, mask=None):

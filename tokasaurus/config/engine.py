@@ -152,7 +152,7 @@ class EngineConfig:
             "Precision of the KV cache. auto: dtype. fp8, which is fp8_e4m3: keys and values are "
             "rounded to 8 bits as they are written, and attention computes in dtype. The cache "
             "holds twice as many tokens in the same memory, and tokens differ a little. For "
-            "attention=triton and reference."
+            "attention=flashinfer, triton and reference."
         ),
     )
     deterministic: bool | None = flag(

@@ -177,10 +177,10 @@ def _check_quantization(config: EngineConfig, device: str, dtype: str, problems:
 
 
 def _check_kv_cache_dtype(config: EngineConfig, problems: list[str]) -> None:
-    if config.kv_cache_dtype != "auto" and config.attention in ("compiled", "flashinfer"):
+    if config.kv_cache_dtype != "auto" and config.attention == "compiled":
         problems.append(
-            f"kv_cache_dtype={config.kv_cache_dtype}: attention={config.attention} has no kernels"
-            " for it; set attention to triton or reference, or leave one of them out"
+            f"kv_cache_dtype={config.kv_cache_dtype}: attention=compiled has no kernels for it;"
+            " leave one of them out"
         )
 
 

@@ -36,6 +36,7 @@ from tokasaurus.model.backend.base import (
 from tokasaurus.model.backend.flashinfer.backend import FlashInferBackend
 from tokasaurus.model.backend.flashinfer.wrappers import Wrappers
 from tokasaurus.model.backend.reference import ReferenceBackend
+from tokasaurus.model.float8 import E4M3
 from tokasaurus.rounding import ceil_div
 
 DTYPES = [(torch.float32, 2e-5), (torch.float16, 0.005), (torch.bfloat16, 0.04)]
@@ -158,6 +159,24 @@ def test_groups_that_save_no_bytes_are_not_taken():
             backend.plan(replace(grouped, groups=groups))
             with named((use_groups, num_rows, num_columns)):
                 assert backend.grouped_rows.num_decodes == expected
+
+
+def test_keys_and_values_may_be_in_e4m3():
+    """The reference reads the same numbers, but for keys that are rounded to their neighbours."""
+    for seed in range(6):
+        plain, grouped, _ = random_world(np.random.default_rng(seed), 16)
+        outputs = []
+        for backend in (FlashInferBackend, ReferenceBackend):
+            torch.manual_seed(seed)
+            options = {"dtype": torch.float16, "kept_dtype": E4M3}
+            cache = make_cache(plain.page_table.numel(), 16, 2, 64, **options)
+            for tensor in cache.keys + cache.values:
+                tensor.copy_(torch.randn(tensor.shape))
+            parts = random_heads(len(plain.positions), 4, 2, 64, torch.float16)
+            outputs.append(attend(backend(cache, 4), grouped, *parts))
+            assert cache.keys[0].dtype == E4M3
+        with named(seed):
+            torch.testing.assert_close(*outputs, atol=0.005, rtol=0.005)
 
 
 def test_sequences_of_no_rows_and_of_one_position_pass():

@@ -107,7 +107,8 @@ def test_a_model_without_kernels_is_refused_with_the_remedy():
 
 def test_the_probe_accepts_kernels_that_are_right(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
-    for heads in (LLAMA_1B, ModelHeads(3, 3, 128, torch.float16)):
+    narrow = ModelHeads(32, 8, 64, torch.bfloat16, torch.float8_e4m3fn)
+    for heads in (LLAMA_1B, narrow, ModelHeads(3, 3, 128, torch.float16)):
         with named(heads):
             assert why_not_built(FlashInferBackend, heads, CPU) is None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from attention_batches import large_group, random_steps, random_world
 from tokasaurus.model.backend.base import NO_GROUPS, SequenceRows
 from tokasaurus.model.backend.grouping import ALWAYS, NEVER, choose_groups
 from tokasaurus.model.backend.triton import planning
-from tokasaurus.model.backend.triton.device_plan import plan_decodes
+from tokasaurus.model.backend.triton.device_plan import plan_decodes, plan_without_groups
 from tokasaurus.model.backend.triton.planning import Tiles, most_partials, plan_tasks
 
 ROOMY = Tiles(few_rows=4, many_rows=16, num_programs=1)
@@ -32,7 +34,10 @@ def rows_of(task):
 def check_plan(rows, page_size, tiles, costs=ALWAYS):
     """Every row sees its own positions through its own pages, and no partial result twice."""
     groups = choose_groups(rows, page_size, 1, costs)
-    plan = plan_tasks(rows, groups, tiles)
+    return check_tasks(plan_tasks(rows, groups, tiles), rows, page_size, tiles)
+
+
+def check_tasks(plan, rows, page_size, tiles):
     table = rows.page_table.numpy()
     num_rows = len(rows.positions)
     seen = [[] for _ in range(num_rows)]
@@ -203,6 +208,46 @@ def test_the_device_plans_decodes_as_the_host_does():
         assert found.row_positions.tolist() == (lengths - 1).tolist()
         num_cut += expected.num_partials > 0
     assert num_cut > 20
+
+
+def test_decodes_planned_on_the_device_and_chunks_meet_each_position_once():
+    num_mixed = 0
+    for seed in range(15):
+        for rows in random_steps(np.random.default_rng(seed), 6, 4, 16):
+            counts = np.diff(rows.query_starts)
+            order = np.argsort(counts != 1, kind="stable")
+            if counts[order[0]] != 1:
+                continue
+            starts = np.concatenate(([0], np.cumsum(counts[order]))).astype(np.int32)
+            positions = np.split(rows.positions, rows.query_starts[1:-1])
+            rows = replace(
+                rows,
+                slots=rows.slots[order],
+                query_starts=starts,
+                kv_lengths=rows.kv_lengths[order],
+                positions=np.concatenate([positions[each] for each in order]),
+                num_decodes=int(np.count_nonzero(counts == 1)),
+            )
+            num_mixed += rows.num_decodes < len(order)
+            for tiles in (ROOMY, TIGHT):
+                check_tasks(on_the_host(plan_without_groups(rows, tiles)), rows, 16, tiles)
+    assert num_mixed > 20
+
+
+def on_the_host(found):
+    """A plan without what only fills it up."""
+    few, many = found.few_tasks.numpy(), found.many_tasks.numpy()
+    starts = found.partial_starts.numpy()
+    assert starts[-1] <= found.num_partials
+    merged = np.unique(found.merged_rows.numpy())
+    return planning.Plan(
+        row_slots=found.row_slots.numpy(),
+        row_positions=found.row_positions.numpy(),
+        partial_starts=starts,
+        merged_rows=merged[np.diff(starts)[merged] > 0],
+        few_tasks=few[few[:, 6] > 0],
+        many_tasks=many[many[:, 6] > 0],
+    )
 
 
 def test_sequences_without_rows_have_no_tasks():

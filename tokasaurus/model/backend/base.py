@@ -126,6 +126,17 @@ class SequenceRows:
         staging.send()
         return slots.tensor.clone(), lengths.tensor
 
+    def chunks(self) -> SequenceRows:
+        """The sequences that do not decode, as a batch of their own, without groups."""
+        first = self.query_starts[self.num_decodes]
+        return SequenceRows(
+            self.slots[self.num_decodes :],
+            self.query_starts[self.num_decodes :] - first,
+            self.kv_lengths[self.num_decodes :],
+            self.positions[first:],
+            self.page_table,
+        )
+
     def most_tokens(self) -> int:
         """Of a sequence; 0 if there is none."""
         return int(self.kv_lengths.max(initial=0))

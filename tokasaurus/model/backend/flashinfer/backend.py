@@ -64,7 +64,7 @@ class FlashInferBackend:
     """Implements ``Backend``.
 
     Args:
-        cache: in bf16 or fp16.
+        cache: in bf16, fp16 or e4m3, of heads in bf16 or fp16.
         num_heads: query heads.
         options: of the groups.
     """
@@ -93,7 +93,7 @@ class FlashInferBackend:
         self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
     ) -> None:
         self._cache = cache
-        self._heads = ModelHeads(num_heads, cache.num_kv_heads, cache.head_dim, cache.dtype)
+        self._heads = ModelHeads(num_heads, cache.num_kv_heads, cache.head_dim, cache.heads_dtype)
         self._library = import_library()
         self._wrappers = Wrappers(self._library, self._heads, cache.dtype, cache.keys[0].device)
         # None where Triton does not run.

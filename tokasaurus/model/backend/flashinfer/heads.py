@@ -20,6 +20,7 @@ from tokasaurus.model.backend.flashinfer.wrappers import LAYOUT
 from tokasaurus.model.backend.reference_operators import norm_and_rotate
 from tokasaurus.model.backend.triton.heads import TritonHeads
 from tokasaurus.model.backend.triton.shapes import AttentionShape
+from tokasaurus.model.float8 import to_e4m3
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.upload import Staging
 from tokasaurus.rounding import round_up
@@ -136,5 +137,7 @@ class _AppendedHeads:
         )
         if len(heads):
             both = cache.keys[layer], cache.values[layer]
+            if cache.is_narrow:
+                key, value = to_e4m3(key), to_e4m3(value)
             self.append(key, value, *self.rows, both, *self.requests, kv_layout=LAYOUT)
         return query

@@ -74,10 +74,6 @@ def why_not_heads(heads: ModelHeads) -> str | None:
     if heads.dtype not in _DTYPES:
         name = str(heads.dtype).removeprefix("torch.")
         return f"it has no kernels for {name}; set dtype=bfloat16 or float16, or attention=triton"
-    if heads.kept_dtype is not None:
-        return (
-            "it is not set up for a KV cache in e4m3; set attention=triton, or kv_cache_dtype=auto"
-        )
     if heads.head_dim not in _HEAD_DIMS:
         return (
             f"it has kernels for heads of {', '.join(map(str, _HEAD_DIMS))} numbers, and the"

@@ -34,7 +34,12 @@ from tokasaurus.model.backend.grouping import (
     choose_groups,
 )
 from tokasaurus.model.backend.multiprocessors import num_multiprocessors
-from tokasaurus.model.backend.triton.device_plan import DevicePlan, plan_decodes, send_plan
+from tokasaurus.model.backend.triton.device_plan import (
+    DevicePlan,
+    plan_decodes,
+    plan_without_groups,
+    send_plan,
+)
 from tokasaurus.model.backend.triton.heads import TritonHeads
 from tokasaurus.model.backend.triton.planning import Tiles, most_partials, plan_tasks
 from tokasaurus.model.backend.triton.shapes import AttentionShape
@@ -125,9 +130,10 @@ class TritonBackend:
     def plan(self, rows: SequenceRows) -> TritonAttention:
         groups = choose_groups(rows, self._cache.page_size, 1, self._costs)
         self.grouped_rows = groups.grouped_rows(rows)
-        if 0 < len(rows.slots) == rows.num_decodes and not len(groups.first_rows):
-            return self.attention_of_decodes(*rows.decodes_on_device(), rows.page_table)
-        plan = send_plan(plan_tasks(rows, groups, self._tiles), rows.page_table.device)
+        if rows.num_decodes and not len(groups.first_rows):
+            plan = plan_without_groups(rows, self._tiles)
+        else:
+            plan = send_plan(plan_tasks(rows, groups, self._tiles), rows.page_table.device)
         return TritonAttention(self._cache, self._shape, plan, rows.page_table)
 
     def graph_plan(self, num_rows: int, page_table: Tensor, max_tokens: int) -> TritonGraphPlan:

@@ -1,6 +1,6 @@
 """What the kernels of attention need of a batch, on the device.
 
-A batch of decodes without groups is planned there, from the lengths that are there. This gives what
+Decodes without groups are planned there, from the lengths that are there. This gives what
 ``plan_tasks`` gives, and a row may have no sequence. Since the host does not have to know a length,
 it does the same work for any number of sequences, and a graph can contain all of it::
 
@@ -14,18 +14,20 @@ there are tasks of zeros, which do nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tokasaurus.model.backend.base import SequenceRows
+from tokasaurus.model.backend.grouping import NEVER, choose_groups
 from tokasaurus.model.backend.triton import planning
-from tokasaurus.model.backend.triton.planning import TASK_SIZE, Plan, Tiles
+from tokasaurus.model.backend.triton.planning import TASK_SIZE, Plan, Tiles, plan_tasks
 from tokasaurus.model.upload import Staging
 from tokasaurus.rounding import round_up
 
-__all__ = ["DevicePlan", "plan_decodes", "send_plan"]
+__all__ = ["DevicePlan", "plan_decodes", "plan_without_groups", "send_plan"]
 
 # Of a part of a plan: kernels are compiled for addresses that are multiples of 16 bytes.
 _ALIGNMENT = 4
@@ -79,6 +81,36 @@ def send_plan(plan: Plan, device: torch.device) -> DevicePlan:
     return DevicePlan(slots, positions, starts, merged, *tasks, plan.num_partials)
 
 
+def plan_without_groups(rows: SequenceRows, tiles: Tiles) -> DevicePlan:
+    """Plans a batch that has decodes and no groups: these on the device, chunks on the host.
+
+    Args:
+        rows: of the batch.
+        tiles: of the kernels.
+    """
+    decodes = plan_decodes(*rows.decodes_on_device(), tiles)
+    count = rows.num_decodes
+    if count == len(rows.slots):
+        return decodes
+    some = rows.chunks()
+    plan = plan_tasks(some, choose_groups(some, 1, 1, NEVER), tiles)
+    # Their rows come behind those that decode: the fourth and the sixth number of a task are rows.
+    for tasks in (plan.few_tasks, plan.many_tasks):
+        tasks[:, [3, 5]] += count
+    plan = replace(plan, merged_rows=plan.merged_rows + np.int32(count))
+    chunks = send_plan(plan, rows.page_table.device)
+    starts = chunks.partial_starts + decodes.partial_starts[-1]
+    return DevicePlan(
+        row_slots=torch.cat((decodes.row_slots, chunks.row_slots)),
+        row_positions=torch.cat((decodes.row_positions, chunks.row_positions)),
+        partial_starts=torch.cat((decodes.partial_starts[:-1], starts)),
+        merged_rows=torch.cat((decodes.merged_rows, chunks.merged_rows)),
+        few_tasks=torch.cat((decodes.few_tasks, chunks.few_tasks)),
+        many_tasks=chunks.many_tasks,
+        num_partials=decodes.num_partials + chunks.num_partials,
+    )
+
+
 def plan_decodes(slots: Tensor, lengths: Tensor, tiles: Tiles) -> DevicePlan:
     """Plans a batch of decodes without groups. Nothing waits for the device.
 
@@ -89,20 +121,23 @@ def plan_decodes(slots: Tensor, lengths: Tensor, tiles: Tiles) -> DevicePlan:
     """
     num_rows, device = len(slots), slots.device
     # As in ``planning``: the positions that would be a program's share, in whole steps, are a task.
-    longest = _ceil_div(lengths.sum(), tiles.num_programs).clamp(min=planning.SHORTEST_TASK)
-    parts = _ceil_div(lengths, longest)
-    steps = _ceil_div(_ceil_div(lengths, parts.clamp(min=1)), planning.STEP) * planning.STEP
-    num_tasks = _ceil_div(lengths, steps.clamp(min=1))
+    longest = ((lengths.sum() - 1) // tiles.num_programs).clamp_(min=planning.SHORTEST_TASK - 1)
+    parts = (lengths + longest) // (longest + 1)
+    quantum = parts.clamp_(min=1) * planning.STEP
+    steps = ((lengths + (quantum - 1)) // quantum * planning.STEP).clamp_(min=1)
+    num_tasks = (lengths + (steps - 1)) // steps
     ends = num_tasks.cumsum(0)
     # The last task of each row, and as many others as there are shares.
     most_tasks = num_rows + tiles.num_programs
     task = torch.arange(most_tasks, device=device)
-    row = torch.searchsorted(ends, task, right=True).clamp(max=num_rows - 1)
-    number = task - (ends - num_tasks)[row]
-    begins, one = number * steps[row], torch.ones_like(row)
-    task_ends = torch.minimum(begins + steps[row], lengths[row])
-    tasks = torch.stack((slots[row], begins, task_ends, row, one, row, one, number), dim=1)
-    tasks *= (task < ends[-1])[:, None]
+    row = torch.searchsorted(ends, task, right=True).clamp_(max=num_rows - 1)
+    of_rows = torch.stack((slots.to(torch.int64), lengths.to(torch.int64), steps, ends - num_tasks))
+    task_slots, task_lengths, task_steps, firsts = of_rows.index_select(1, row)
+    number = task - firsts
+    begins, one = number * task_steps, torch.ones_like(row)
+    task_ends = torch.minimum(begins + task_steps, task_lengths)
+    tasks = torch.stack((task_slots, begins, task_ends, row, one, row, one, number), dim=1)
+    tasks *= (task < ends[-1:])[:, None]
     has_partials = num_tasks > 1
     partial_starts = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
     torch.cumsum(num_tasks * has_partials, 0, dtype=torch.int32, out=partial_starts[1:])
@@ -122,7 +157,3 @@ def plan_decodes(slots: Tensor, lengths: Tensor, tiles: Tiles) -> DevicePlan:
         # They have their shares, and one more task each at most.
         num_partials=room + tiles.num_programs,
     )
-
-
-def _ceil_div(number: Tensor, by: Tensor | int) -> Tensor:
-    return (number + by - 1) // by

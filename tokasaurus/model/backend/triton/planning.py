@@ -173,13 +173,14 @@ def most_partials(num_rows: int, tiles: Tiles) -> int:
     """Partial results that a batch has at most, if no prefix group lies in another.
 
     A row has one for its own positions and one for those of its group. Beyond that, no more ranges
-    are cut than keep the device busy, and a part has as many rows as a tile.
+    are cut than keep the device busy, and a part has as many rows as a tile. Decodes that the
+    device plans are cut apart from the rest of the batch.
 
     Args:
         num_rows: of the batch.
         tiles: of the kernels.
     """
-    return 2 * num_rows + tiles.many_rows * tiles.num_programs
+    return 2 * num_rows + (tiles.many_rows + 1) * tiles.num_programs
 
 
 def _sources(rows: SequenceRows, groups: ChosenGroups, row_slots: Int32Array) -> _Sources:
