@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
+import msgspec
+
 from tokasaurus.launch.keeping.control import ControlLink, listen_for_control
 from tokasaurus.launch.keeping.engine_process import EngineProcess, start_engine
 from tokasaurus.launch.keeping.notes import (
@@ -156,7 +158,12 @@ class Keeper:
         return engine
 
     def _on_engine(self, engine: EngineProcess) -> None:
-        notes = engine.link.receive()
+        try:
+            notes = engine.link.receive()
+        except msgspec.MsgspecError:  # it is of another version
+            engine.reason = "this toka does not understand it; stop toka, and start it again"
+            engine.process.kill()
+            return
         if notes is None:
             self._selector.unregister(engine.link)
             self._engines.discard(engine)
@@ -209,6 +216,9 @@ class Keeper:
             self._retiring = None
             if status:
                 log.error("restart: the old engine ended: %s", how)
+            if self._current is None:
+                self._fail("the new engine has ended")
+                return
             text = "the new engine serves, and the old one has ended"
             self._finish(text if not status else f"{text}: {how}")
         elif self._successor is not None and not self._is_ending:
@@ -253,7 +263,10 @@ class Keeper:
         self._selector.register(link, selectors.EVENT_READ, lambda _: self._on_asker(link))
 
     def _on_asker(self, link: ControlLink) -> None:
-        notes = link.receive()
+        try:
+            notes = link.receive()
+        except msgspec.MsgspecError:
+            notes = None
         if notes is None:
             self._selector.unregister(link)
             link.close()
@@ -308,9 +321,13 @@ class Keeper:
         if refusal is not None:
             self._fail(f"refused, since {refusal}")
             return
-        self._manager.restarting()
         added = (*engine.added_words, *restart.words)
-        successor = self._successor = self._start(added, standing)
+        try:
+            successor = self._successor = self._start(added, standing)
+        except OSError as error:
+            self._fail(f"no process can be started: {error.strerror}")
+            return
+        self._manager.restarting()
         limit_s = engine.timeout_s or 0.0
         restart.stage, restart.deadline = "starting", successor.started_at + limit_s
         log.info("restart: engine %d starts beside engine %d", successor.number, engine.number)
