@@ -16,7 +16,7 @@ from worker_driver import Driver, Enter, worker_config
 from worker_script import load_vocabulary, script
 
 from tokasaurus.model.backend.triton.backend import is_interpreted
-from tokasaurus.model.worker import worker as worker_module
+from tokasaurus.model.worker import runners
 from tokasaurus.model.worker.worker import Worker
 from tokasaurus.protocol.messages import Sampling
 
@@ -54,7 +54,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(worker_module, "CudaGraphs", lambda _: Graphs())
+    monkeypatch.setattr(runners, "CudaGraphs", lambda _: Graphs())
     return cuda
 
 
