@@ -41,7 +41,7 @@ def add_graphs(
     """Lets a worker that has not warmed up run decodes as recorded graphs."""
     graphs = GraphRun()
     new_graphs = new_graphs or RecordingGraphs
-    config = worker._model_config
+    config = worker._kernels.model
     runner = graphed(
         worker._runner,
         worker._backend,

@@ -16,7 +16,7 @@ class Connection:
         self._http = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=60)
         assert self.ask("/tokenize", {"prompt": "A"})[0] == 200
         port = self._http.sock.getsockname()[1]
-        line = re.compile(rf" (http-\d+) .*127\.0\.0\.1:{port} - \"POST /tokenize")
+        line = re.compile(rf" (http-\d+) .*127\.0\.0\.1:{port} \"POST /tokenize")
         eventually(lambda: line.search(engine.log) is not None, "the request is in the log")
         self.process = line.search(engine.log)[1]
 

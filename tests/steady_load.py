@@ -31,12 +31,17 @@ class SteadyLoad:
         self._engine = engine
         self._over = threading.Event()
         self._expected = raw_answer(self._connect())[0]
-        self._clients: list[Callable[[], None]] = [self._whole, self._streams, self._kept_alive]
-        self._pool = ThreadPoolExecutor(len(self._clients) + 2)
+        self._clients: list[Callable[[], None]] = [
+            self._whole,
+            self._streams,
+            self._kept_alive,
+            self._fresh,
+            self._files,
+        ]
+        self._pool = ThreadPoolExecutor(len(self._clients))
 
     def __enter__(self) -> SteadyLoad:
         self._tasks = [self._pool.submit(client) for client in self._clients]
-        self._tasks.append(self._pool.submit(self._files))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -81,6 +86,13 @@ class SteadyLoad:
                 connection.close()
                 connection = self._connect()
         connection.close()
+
+    def _fresh(self) -> None:
+        """A connection for each request."""
+        while not self._over.is_set():
+            connection = self._connect()
+            self._note("fresh", raw_answer(connection)[0])
+            connection.close()
 
     def _files(self) -> None:
         """Uploads files, reads them again, and deletes them."""

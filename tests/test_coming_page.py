@@ -14,6 +14,7 @@ from documentation import ROOT, examples, mismatch, run_python
 
 from tokasaurus import LLM, SamplingParams
 from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.other_engines import OTHER_ENGINES
 from tokasaurus.config.schema import flags_of
 
 sys.path.insert(0, str(Path(__file__).parent / "server"))
@@ -61,6 +62,21 @@ def test_flags_exist():
     assert wrong == []
     of_others = [name for row in rows("Flags") for cell in row[:2] for name in names(cell)]
     assert [name for name in of_others if not name.startswith("--")] == []
+
+
+def test_the_command_line_says_the_same_of_flags_of_other_engines():
+    """It explains them in its errors, unless their name is one of ours."""
+    flags = {flag.name for flag in flags_of(EngineConfig).values()}
+    llama_cpp, _, _ = tables("llama.cpp")
+    pairs = [(row[:-2], names(row[-2])) for row in [*rows("Flags"), *llama_cpp]]
+    wrong = []
+    for theirs, ours in pairs:
+        for name in names(" ".join(theirs)):
+            plain = name.lstrip("-").replace("-", "_")
+            known = OTHER_ENGINES.get(plain)
+            if plain not in flags and (known is None or known.ours not in ours):
+                wrong.append((name, ours, known))
+    assert not wrong, f"the page and tokasaurus/config/other_engines.py differ: {wrong}"
 
 
 @pytest.mark.engine

@@ -14,6 +14,8 @@ from tokasaurus.config.parser import parse_command_line
 from tokasaurus.demo import MODEL_DIR
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.facts import model_facts
+from tokasaurus.planner.cost_file import CostFile, write_cost
+from tokasaurus.planner.cost_model import fixed
 from tokasaurus.planner.trace import write_trace
 from tokasaurus.planner.workloads import WORKLOADS
 
@@ -94,6 +96,17 @@ def test_errors_name_the_flag(plan, words, message):
     status, _, err = plan(*words)
     assert status == 2
     assert message in err
+
+
+def test_a_measured_cost_takes_the_place_of_arithmetic(plan, tmp_path):
+    path = str(tmp_path / "cost.yaml")
+    write_cost(path, CostFile({"machine": "a test's"}, fixed(0.05)))
+    words = (SHAPE, "device=h200", f"cost={path}", "output=json", "manager_ms=0")
+    status, out, _ = plan(*words, "max_seqs_per_forward=128", "max_tokens_per_forward=8192")
+    assert status == 0
+    best = json.loads(out)["configurations"][0]
+    # Three batches for 20,000 tokens of prompts, which 39 more follow.
+    assert best["seconds"] == pytest.approx(42 * 0.05, abs=0.051)
 
 
 def test_a_processor_is_a_whole_machine(plan, tmp_path):

@@ -380,10 +380,17 @@ def partials(batch_tokens, facts=LARGE, tp_size=1):
     return 2 * batch_tokens * facts.num_heads // tp_size * (head_dim + 1) * 4
 
 
+def for_cuda(batch_tokens, facts=LARGE, tp_size=1, num_bytes=2):
+    """The bytes of partial results, and of the rows of the largest CUDA graph."""
+    rows = min(batch_tokens, EngineConfig().cudagraph_max_size)
+    graph = rows * 50_000 * num_bytes + partials(rows, facts, tp_size)
+    return partials(batch_tokens, facts, tp_size) + graph
+
+
 def needed(kv_tokens, batch_tokens, num_bytes=4, *, on_cuda=False):
     """The bytes of weights, KV cache, batch and process."""
     batch = batch_tokens * (50_000 * num_bytes + 64 * FACTS.vocab_size)
-    batch += partials(batch_tokens) if on_cuda else 0
+    batch += for_cuda(batch_tokens, num_bytes=num_bytes) if on_cuda else 0
     return PROCESS + (10**9 + kv_tokens * 100_000) * num_bytes + batch
 
 
@@ -421,7 +428,7 @@ def test_each_worker_has_its_part_of_weights_and_kv_cache():
     # Eight ranks have four heads of keys and values: two ranks share one.
     for size, kv_share in ((2, 2), (4, 4), (8, 4)):
         enough = PROCESS + batch + 4 * 10**9 // size + 2000 * 400_000 // kv_share
-        on_cuda = enough + partials(1000, facts, size)
+        on_cuda = enough + for_cuda(1000, facts, size, 4)
         for num_devices, bytes_of_all in ((0, size * enough), (8, on_cuda)):
             flags |= {"tp_size": size, "num_cuda_devices": num_devices, "dtype": "float32"}
             assert manager_of(**flags, memory_bytes=bytes_of_all).num_pages == 125
@@ -433,7 +440,7 @@ def test_a_stage_has_room_for_the_most_layers_that_it_may_get():
     flags = {"facts": LARGE, "max_tokens_per_forward": 1000, "kv_cache_num_tokens": 2000}
     batch = 1000 * (50_000 * 4 + 64 * FACTS.vocab_size)
     weights, kv = 4 * (2 * 10**8 + 5 * 10**8), 2000 * 400_000 * 40 // 64
-    enough = PROCESS + batch + partials(1000) + weights + kv
+    enough = PROCESS + batch + for_cuda(1000, num_bytes=4) + weights + kv
     flags |= {"pp_size": 2, "num_cuda_devices": 2, "dtype": "float32"}
     assert manager_of(**flags, memory_bytes=enough).num_pages == 125
     assert problems(**flags, memory_bytes=enough - 10**6)
@@ -514,7 +521,7 @@ def test_the_plan_of_memory_is_one_line():
     )
     assert slices(memory_bytes=None, num_cuda_devices=1, **flags).memory_plan.line == (
         "memory: the free memory of cuda is unknown; 2.0 GB for weights in bfloat16, 400.0 MB for a"
-        " KV cache of 2000 tokens, at most 237.7 MB for a batch of 1000 tokens, 536.9 MB for the"
+        " KV cache of 2000 tokens, at most 251.4 MB for a batch of 1000 tokens, 536.9 MB for the"
         " process"
     )
 
@@ -554,7 +561,7 @@ def test_a_measurement_may_raise_what_is_left_to_it_and_never_below_a_request():
         (12 * 10**9, {"max_num_tokens_per_request": 100}, 7, 2957),
         (10**12, {}, 256, 8192),
         (10**12, {"kv_cache_num_tokens": "auto", "max_seqs_per_forward": 2}, 256, 512),
-        (3 * 10**9, {"max_tokens_per_forward": 256}, 31, 144),
+        (3 * 10**9, {"max_tokens_per_forward": 256}, 27, 144),
     ):
         (replica,) = slices(memory_bytes=memory_bytes, **flags, **asked).replicas
         (worker,) = replica.workers

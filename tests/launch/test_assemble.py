@@ -67,7 +67,7 @@ def test_model_and_cache_take_the_memory_that_resolution_counted(tmp_path, monke
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
     )
-    available = "tokasaurus.launch.machine._available_memory_bytes"
+    available = "tokasaurus.launch.machine.available_memory_bytes"
     place = Placement(torch.bfloat16, torch.device("cpu"))
     _, weights, _ = load_model(path, model, place)
     memory = Memory("cpu", None, "bfloat16", model_facts(path))
@@ -168,7 +168,7 @@ def test_dummy_weights_are_planned_from_config_json_alone(tmp_path, monkeypatch)
     (path / "model.safetensors").unlink()
     process_bytes = 512 << 20
     weight_bytes = 4 * read_model_config(path).num_parameters
-    available = "tokasaurus.launch.machine._available_memory_bytes"
+    available = "tokasaurus.launch.machine.available_memory_bytes"
     monkeypatch.setattr(available, lambda: process_bytes + weight_bytes - 1)
     with pytest.raises(ConfigError, match=r"the weights take .* in float32"):
         sizes(path, load_format="dummy")
@@ -177,7 +177,7 @@ def test_dummy_weights_are_planned_from_config_json_alone(tmp_path, monkeypatch)
 
 
 def test_the_bundled_model_gets_the_default_cache(monkeypatch):
-    available = "tokasaurus.launch.machine._available_memory_bytes"
+    available = "tokasaurus.launch.machine.available_memory_bytes"
     monkeypatch.setattr(available, lambda: 8 * 10**9)
     slices = assemble(EngineConfig(device="cpu"))
     manager = slices.replicas[0].manager

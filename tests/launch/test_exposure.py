@@ -83,13 +83,13 @@ def test_an_empty_flag_or_variable_of_keys_is_an_error():
         with_keys(EngineConfig(api_key=()), {})
 
 
-def test_keys_are_never_shown(capsys, monkeypatch):
+def test_keys_are_never_shown(capfd, monkeypatch):
     config = parse_command_line([f"api_key={KEY},{KEY}2"], {})
     assert config.api_key == (KEY, f"{KEY}2")
     assert KEY not in repr(config)
     with pytest.raises(SystemExit):
         parse_command_line([f"api_key={KEY}", "port=1", "--show"], {})
-    shown = capsys.readouterr().out
+    shown = capfd.readouterr().out
     assert KEY not in shown
     assert "port: 1\n" in shown
     assert "# api_key is set" in shown
@@ -106,12 +106,12 @@ def test_keys_are_never_shown(capsys, monkeypatch):
     with pytest.raises(ConfigError) as error:
         EngineConfig(api_key=KEY)
     assert KEY not in str(error.value)
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     assert captured.err.count("toka: error:") == 7
     assert KEY not in captured.err + captured.out
 
 
-def test_certificates_are_checked_before_anything_starts(tmp_path, capsys):
+def test_certificates_are_checked_before_anything_starts(tmp_path, capfd):
     certificate, key = make_certificate(tmp_path)
     good = EngineConfig(ssl_certfile=certificate, ssl_keyfile=key)
     check_certificate(good)
@@ -132,19 +132,19 @@ def test_certificates_are_checked_before_anything_starts(tmp_path, capsys):
     with pytest.raises(ConfigError, match="password"):
         check_certificate(EngineConfig(ssl_certfile=locked[0], ssl_keyfile=locked[1]))
     assert entry.run([f"ssl_certfile={certificate}", "port=0"], {}) == 2
-    assert "ssl_certfile is set and ssl_keyfile is not" in capsys.readouterr().err
+    assert "ssl_certfile is set and ssl_keyfile is not" in capfd.readouterr().err
 
 
-def test_wrong_origins_are_errors(capsys):
+def test_wrong_origins_are_errors(capfd):
     for origin in ("example.org", "https://example.org/", "https://example.org/path"):
         assert entry.run([f"cors_origins={origin}", "port=0"], {}) == 2
-        assert origin in capsys.readouterr().err
+        assert origin in capfd.readouterr().err
 
 
-def test_wrong_host_names_are_errors(capsys):
+def test_wrong_host_names_are_errors(capfd):
     for name in ("http://example.org", "example.org:80", "example.org/x", "a b", "**", "a.*"):
         assert entry.run([f"allowed_hosts='{name}'", "port=0"], {}) == 2
-        assert f"allowed_hosts: {name!r} is not" in capsys.readouterr().err
+        assert f"allowed_hosts: {name!r} is not" in capfd.readouterr().err
 
 
 def test_an_engine_open_to_other_machines_without_a_key_is_warned_of():

@@ -80,7 +80,7 @@ def test_a_restart_loses_nothing(tmp_path, notified):
             assert batch.num_completed() > 50
             eventually(lambda: batch.is_completed, "the batch ends")
         batch.check_result()
-        assert set(load.num_answers) == {"whole", "streams", "kept alive", "files"}
+        assert set(load.num_answers) == {"whole", "streams", "kept alive", "fresh", "files"}
         assert load.num_connections == 1
         assert raw_answer(idle) == (first, False)
         idle.close()

@@ -48,6 +48,7 @@ def test_a_trial_generates_what_the_workload_asks_and_its_process_ends():
     assert measured.problem == ""
     assert measured.tokens == demand_of_shape(SHAPE).num_output_tokens
     assert len(measured.seconds) == 2
+    assert 0 <= measured.other_work <= 1
     assert measured.tokens_per_s == measured.tokens / min(measured.seconds)
     assert trials_of(os.getpid()) == []
 
@@ -58,6 +59,21 @@ def test_a_trial_that_takes_too_long_is_ended():
     assert (measured.is_late, measured.problem) == (True, "had not run the workload after 0 s")
     assert measured.seconds == ()
     assert trials_of(os.getpid()) == []
+
+
+def test_the_cpu_time_of_a_session_has_that_of_other_processes_in_it():
+    program = """
+        import subprocess, sys, time
+        from tokasaurus.tuning.trial import _session_cpu_s
+        before = _session_cpu_s()
+        busy = "import time; exec('while time.process_time() < 0.5: pass'); time.sleep(60)"
+        child = subprocess.Popen([sys.executable, "-c", busy])
+        while _session_cpu_s() - before < 0.5:  # this process sleeps
+            time.sleep(0.1)
+        child.kill()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    assert subprocess.run(command, start_new_session=True, timeout=60).returncode == 0
 
 
 @pytest.mark.long

@@ -186,7 +186,8 @@ def test_a_log_keeps_whole_lines_of_the_same_premises(tmp_path):
     log = TrialLog(path, PREMISES)
     assert (log.num_found, log.get("one"), log.get("two")) == (1, measured, None)
     log.add("three", measured)
-    assert TrialLog(path, PREMISES).get("three") == measured
+    log = TrialLog(path, PREMISES)
+    assert (log.num_found, log.get("one"), log.get("three")) == (2, measured, measured)
     assert TrialLog(path, {**PREMISES, "version": "2"}).num_found == 0
     assert [*map(json.loads, path.read_text().splitlines())] == [
         {"premises": {**PREMISES, "version": "2"}}

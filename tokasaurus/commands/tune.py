@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from tokasaurus.bench.output import progress, table
+from tokasaurus.calibration.other_work import QUIET
 from tokasaurus.commands.workload_flags import WorkloadFlags
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import Schema, check_fields, flag
@@ -120,7 +121,12 @@ def _conclude(config: TuneConfig, here: Here, part: Demand, result: Result) -> N
         flags = {"model": config.model, **flags}
     lines = _comments(config, here, part, result)
     write_tuned(Path(config.out), flags, lines)
-    print(table(("setting", "tokens/s", "of the defaults", "seconds of runs"), _rows(result)))
+    print(
+        table(
+            ("setting", "tokens/s", "of the defaults", "other work", "seconds of runs"),
+            _rows(result),
+        )
+    )
     print("\n" + "\n".join(lines))
     print(f"\ntoka config={config.out}")
 
@@ -152,6 +158,12 @@ def _comments(config: TuneConfig, here: Here, part: Demand, result: Result) -> l
     own = result.defaults.measured
     rate = f"{own.tokens_per_s:,.0f}" if own.seconds else f"none ({own.problem})"
     lines.append(f"the engine's defaults: {rate}")
+    other_work = max(result.best.measured.other_work, own.other_work)
+    if other_work > QUIET:
+        lines.append(
+            f"other work took {other_work:.0%} of the cores meanwhile, so this may be chance;"
+            " fresh=T measures anew"
+        )
     if not result.is_complete:
         lines.append("the search has not ended: time ran out; the same command goes on")
     return lines
@@ -167,7 +179,8 @@ def _rows(result: Result) -> Sequence[Sequence[str]]:
 def _row(row: Row, base: float) -> tuple[str, ...]:
     measured = row.measured
     if not measured.seconds:
-        return row.name, "", "", measured.problem.partition("\n")[0][:80]
+        return row.name, "", "", "", measured.problem.partition("\n")[0][:80]
     share = f"{measured.tokens_per_s / base:.2f}" if base else ""
     seconds = ", ".join(f"{each:.2f}" for each in measured.seconds)
-    return row.name, f"{measured.tokens_per_s:,.0f}", share, seconds
+    other_work = f"{measured.other_work:.0%}"
+    return row.name, f"{measured.tokens_per_s:,.0f}", share, other_work, seconds

@@ -61,6 +61,7 @@ class Memory:
         pp_size: stages, each with a part of the layers.
         tp_size: workers that share each layer.
         keeps_e4m3: keys and values take a byte for each number.
+        graph_rows: of the largest CUDA graph; 0 for none.
     """
 
     device: str
@@ -72,6 +73,7 @@ class Memory:
     pp_size: int = 1
     tp_size: int = 1
     keeps_e4m3: bool = False
+    graph_rows: int = 0
 
     @property
     def free_bytes(self) -> int | None:
@@ -129,7 +131,8 @@ class Memory:
 
     def _batch_items(self, num_tokens: int) -> list[MemoryItem]:
         facts, vocab_size = self.facts, self.facts.vocab_size
-        layers = num_tokens * facts.activation_elements_per_token * self._element_bytes
+        token_bytes = facts.activation_elements_per_token * self._element_bytes
+        layers = num_tokens * token_bytes
         rows = min(num_tokens, max(_PART_LOGITS // vocab_size, 1))
         logits = rows * vocab_size
         items = [
@@ -154,6 +157,15 @@ class Memory:
                     "attention",
                     self._partial_bytes(num_tokens),
                     f"{_PARTIALS} partial results for each of {num_tokens:,} rows",
+                )
+            )
+        if self.graph_rows:
+            rows = min(self.graph_rows, num_tokens)
+            items.append(
+                MemoryItem(
+                    "CUDA graphs",
+                    rows * token_bytes + self._partial_bytes(rows),
+                    f"activations and attention of {rows:,} rows, which all graphs share",
                 )
             )
         return items

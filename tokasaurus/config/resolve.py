@@ -103,6 +103,7 @@ def resolve(
         config.pp_size,
         config.tp_size,
         keeps_e4m3=config.kv_cache_dtype != "auto",
+        graph_rows=max(graph_sizes(config, device, config.cudagraph_max_size), default=0),
     )
     if not memory.has_room_for_weights:
         problems.append(

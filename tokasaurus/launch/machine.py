@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import msgspec
 
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import ConfigError
+from tokasaurus.launch.available_memory import available_memory_bytes
 from tokasaurus.model.instruction_sets import bfloat16_instructions
 
 __all__ = ["Devices", "Machine", "devices_here", "devices_of", "look_here"]
@@ -103,18 +103,7 @@ def look_here(device: str, instruction_set: str) -> Machine:
     """
     cuda_bytes = () if device == "cpu" else tuple(_free_cuda_bytes())
     instructions = None if cuda_bytes else bfloat16_instructions(instruction_set)
-    return Machine(socket.gethostname(), _available_memory_bytes(), cuda_bytes, instructions)
-
-
-def _available_memory_bytes() -> int:
-    """Memory available without swapping, as Linux estimates it; elsewhere, half of all memory."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return Machine(socket.gethostname(), available_memory_bytes(), cuda_bytes, instructions)
 
 
 def _free_cuda_bytes() -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import msgspec
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import LaunchError
 from tokasaurus.launch.machine import Devices, devices_here
+from tokasaurus.launch.processor import num_cores
 from tokasaurus.model.instruction_sets import processor_name
 from tokasaurus.planner.devices import Device, Figure
 from tokasaurus.tuning.trial_process import environment
@@ -74,7 +74,7 @@ def look_here(config: EngineConfig) -> Here:
     return Here(
         device=Device("here", _name(kind), kind, figures),
         num_devices=max(devices.num_cuda_devices, 1),
-        num_cores=len(os.sched_getaffinity(0)),
+        num_cores=num_cores(),
     )
 
 

@@ -2,26 +2,31 @@
 
 It reads one line of JSON, a ``Task``, loads the engine, runs the requests and writes lines of JSON:
 
-=================================  ===============================================================
-``{"ready": seconds}``             the engine is loaded
-``{"seconds": ..., "tokens": ..}`` a run of all requests, one line for each
-``{"error": "..."}``               why there is nothing more
-=================================  ===============================================================
+=============================================  ===================================================
+``{"ready": seconds}``                         the engine is loaded
+``{"run": seconds}``                           a run of all requests has ended
+``{"seconds": [...], "tokens": ...,            the runs that count, what each generated, and the
+"other_work": ...}``                           share of the cores that others took meanwhile
+``{"error": "..."}``                           why there is nothing more
+=============================================  ===================================================
 
 Whatever else the engine prints goes to standard error.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
 import numpy as np
 
+from tokasaurus.calibration.other_work import OtherWork, undisturbed
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.planner.trace import TraceRequest, generate_request
 
@@ -36,7 +41,8 @@ class Task(msgspec.Struct, frozen=True):
         flags: of the engine.
         trace: the requests, which are all given at once. Prompts are random.
         vocab_size: of the model.
-        repetitions: of the run. Each has prompts of its own, so that none is cached.
+        repetitions: of the run. Each has prompts of its own, so that none is cached. A run that
+            other work disturbed is repeated, up to three times as many in all.
     """
 
     model: str | None
@@ -64,13 +70,37 @@ def _run(task: Task, answers: TextIO) -> None:
     started = time.perf_counter()
     with LLM(task.model, **task.flags) as llm:
         _answer(answers, {"ready": time.perf_counter() - started})
-        for repetition in range(task.repetitions):
-            prompts, params = _requests(task, repetition)
+        number = itertools.count()
+        tokens = 0
+
+        def measure() -> float:
+            nonlocal tokens
+            prompts, params = _requests(task, next(number))
             started = time.perf_counter()
             outputs = llm.generate(prompts, params, use_tqdm=False)
             seconds = time.perf_counter() - started
             tokens = sum(len(each.token_ids) for output in outputs for each in output.outputs)
-            _answer(answers, {"seconds": seconds, "tokens": tokens})
+            _answer(answers, {"run": seconds})
+            return seconds
+
+        work = OtherWork(_session_cpu_s)
+        seconds, other_work = undisturbed(measure, task.repetitions, work, lambda _: None)
+        fields = {"seconds": seconds, "tokens": tokens, "other_work": other_work}
+        _answer(answers, fields)
+
+
+def _session_cpu_s() -> float:
+    """CPU seconds of this process and those of its engine, which are in its session."""
+    ticks = 0
+    session = os.getsid(0)
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (directory / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if int(fields[3]) == session:
+            ticks += int(fields[11]) + int(fields[12])  # in user mode and in the kernel
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _requests(task: Task, repetition: int) -> tuple[list[list[int]], list[Any]]:

@@ -37,6 +37,7 @@ class Measured:
         ready_s: until the engine had loaded.
         problem: why there are no, or not all, runs; "" if there are.
         is_late: whether the problem is that it took too long.
+        other_work: the share of the cores that others took during one of the runs, at most.
     """
 
     seconds: tuple[float, ...] = ()
@@ -44,6 +45,7 @@ class Measured:
     ready_s: float = 0.0
     problem: str = ""
     is_late: bool = False
+    other_work: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -65,24 +67,23 @@ def run_trial(task: Task, ready_s: float, run_s: float) -> Measured:
         with contextlib.suppress(BrokenPipeError):  # the log says why
             process.stdin.write(msgspec.json.encode(task) + b"\n")
             process.stdin.flush()
-        seconds: list[float] = []
-        tokens, loaded_s, limit_s = 0, 0.0, ready_s
-        while len(seconds) < task.repetitions:
+        loaded_s, limit_s = 0.0, ready_s
+        while True:
             try:
                 line = lines.get(timeout=limit_s)
             except queue.Empty:
-                what = "was not ready" if not loaded_s else "had not run the workload"
+                what = "had not run the workload" if loaded_s else "was not ready"
                 problem = f"{what} after {limit_s:.0f} s"
-                return Measured(tuple(seconds), tokens, loaded_s, problem, is_late=True)
+                return Measured(ready_s=loaded_s, problem=problem, is_late=True)
             if line is None or "error" in line:
                 problem = _reason(process, log) if line is None else str(line["error"])
-                return Measured(tuple(seconds), tokens, loaded_s, problem)
+                return Measured(ready_s=loaded_s, problem=problem)
             if "ready" in line:
                 loaded_s, limit_s = line["ready"], run_s
-            else:
-                seconds.append(line["seconds"])
-                tokens = line["tokens"]
-        return Measured(tuple(seconds), tokens, loaded_s)
+            elif "seconds" in line:
+                return Measured(
+                    tuple(line["seconds"]), line["tokens"], loaded_s, other_work=line["other_work"]
+                )
 
 
 @contextlib.contextmanager

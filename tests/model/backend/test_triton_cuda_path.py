@@ -16,7 +16,7 @@ from worker_driver import Driver, Enter, worker_config
 from worker_script import load_vocabulary, script
 
 from tokasaurus.model.backend.triton.backend import is_interpreted
-from tokasaurus.model.worker import worker as worker_module
+from tokasaurus.model.worker import runners
 from tokasaurus.model.worker.worker import Worker
 from tokasaurus.protocol.messages import Sampling
 
@@ -54,7 +54,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(worker_module, "CudaGraphs", lambda _: Graphs())
+    monkeypatch.setattr(runners, "CudaGraphs", lambda _: Graphs())
     return cuda
 
 
@@ -85,7 +85,14 @@ def test_everything_that_a_batch_can_ask_for_stays_on_the_device(cuda, checkpoin
             if len(pending) == 2:
                 pending.pop(0).collect()
     assert set(cuda.waits) == {"EventClock.wait", "Download.array"}
-    assert cuda.launched >= {"prepare_heads", "attend_task", "draw_token", "sum_row", "rms_norm"}
+    assert cuda.launched >= {
+        "prepare_heads",
+        "attend_task",
+        "draw_token",
+        "mask_row",
+        "sum_row",
+        "rms_norm",
+    }
 
 
 def test_graphs_are_recorded_and_replayed_without_waiting(cuda, checkpoint):

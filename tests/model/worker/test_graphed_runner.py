@@ -23,7 +23,7 @@ from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.placement import Placement
 from tokasaurus.model.weights.loader import load_model
-from tokasaurus.model.worker import worker as worker_module
+from tokasaurus.model.worker import loading
 from tokasaurus.model.worker.graphed_runner import graphed
 from tokasaurus.model.worker.runner import EagerRunner
 from tokasaurus.model.worker.slot_state import PlannedBatch
@@ -40,7 +40,7 @@ SAMPLINGS = (
 
 @pytest.fixture(autouse=True)
 def padded(monkeypatch):
-    monkeypatch.setattr(worker_module, "choose_backend", lambda *_: PaddedBackend)
+    monkeypatch.setattr(loading, "choose_backend", lambda *_: PaddedBackend)
 
 
 def make_graphed(path, sizes=SIZES, max_tokens=1 << 20, new_graphs=None, **fields):

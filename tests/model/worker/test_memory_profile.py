@@ -113,6 +113,21 @@ def test_the_cache_gets_what_is_left(checkpoint, monkeypatch):
         assert counts == [left // page] * 2
 
 
+def test_all_ranks_take_the_smallest_cache_and_refuse_together(checkpoint, monkeypatch):
+    memory = SimulatedMemory(10 * GIB, 3 * GIB, GIB)
+    flags = {"least_pages": 16, "most_pages": 10**9}
+    worker, _ = make_worker(memory, checkpoint, monkeypatch, **flags)
+    counts = resized(worker, monkeypatch)
+    # Another rank has room for 1,234 pages.
+    monkeypatch.setattr(worker.ranks, "largest", lambda value: max(value, -1234))
+    worker._fit_kv_cache(memory)
+    assert counts == [1234] * 2
+    worker, _ = make_worker(memory, checkpoint, monkeypatch, **flags)
+    monkeypatch.setattr(worker.ranks, "agreed", lambda reason: reason or "the other has no room")
+    with pytest.raises(ConfigError, match="the other has no room"):
+        worker._fit_kv_cache(memory)
+
+
 def test_a_worker_runs_with_the_pages_that_it_has_measured(checkpoint, monkeypatch):
     """As many as a request needs, or more, up to the most; and it generates the same tokens."""
     expected = generate(*plain_worker(checkpoint))

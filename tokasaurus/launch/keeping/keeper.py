@@ -157,7 +157,12 @@ class Keeper:
         return engine
 
     def _on_engine(self, engine: EngineProcess) -> None:
-        notes = engine.link.receive()
+        try:
+            notes = engine.link.receive()
+        except NotUnderstood:  # it is of another version
+            engine.reason = "this toka does not understand it; stop toka, and start it again"
+            engine.process.kill()
+            return
         if notes is None:
             self._selector.unregister(engine.link)
             self._engines.discard(engine)
@@ -210,6 +215,9 @@ class Keeper:
             self._retiring = None
             if status:
                 log.error("restart: the old engine ended: %s", how)
+            if self._current is None:
+                self._fail("the new engine has ended")
+                return
             text = "the new engine serves, and the old one has ended"
             self._finish(text if not status else f"{text}: {how}")
         elif self._successor is not None and not self._is_ending:
@@ -315,9 +323,13 @@ class Keeper:
         if refusal is not None:
             self._fail(f"refused, since {refusal}")
             return
-        self._manager.restarting()
         added = (*engine.added_words, *restart.words)
-        successor = self._successor = self._start(added, standing)
+        try:
+            successor = self._successor = self._start(added, standing)
+        except OSError as error:
+            self._fail(f"no process can be started: {error.strerror}")
+            return
+        self._manager.restarting()
         limit_s = engine.timeout_s or 0.0
         restart.stage, restart.deadline = "starting", successor.started_at + limit_s
         log.info("restart: engine %d starts beside engine %d", successor.number, engine.number)

@@ -51,6 +51,10 @@ def check_successor(config: EngineConfig, before: Standing, port: int) -> None:
     data_dir = data_dir_of(dataclasses.replace(config, port=port))
     if Path(data_dir).expanduser().resolve() != Path(before.data_dir).expanduser().resolve():
         raise ConfigError(f"data_dir={data_dir}, and batches are in {before.data_dir}; {remedy}")
+    if config.profile:
+        raise ConfigError(
+            "profile=T: both engines would write the same file; toka restart profile=F"
+        )
     if config.launcher != "local":
         raise ConfigError(
             f"launcher={config.launcher}: only an engine on one machine can be restarted, since the"

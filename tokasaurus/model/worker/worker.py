@@ -10,7 +10,6 @@ It knows nothing of processes and sockets: the launch room carries batches in an
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -24,46 +23,28 @@ from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.errors import ConfigError, ProtocolError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.host_memory import keep_freed_memory
-from tokasaurus.model.backend import choose_backend
 from tokasaurus.model.backend.base import (
     NO_GROUPED_ROWS,
-    BackendOptions,
     GroupedRows,
-    ModelHeads,
 )
-from tokasaurus.model.backend.cpu.compiled import CompiledBackend
-from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
-from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.download import Download
-from tokasaurus.model.facts import read_model_config
-from tokasaurus.model.float8 import E4M3
 from tokasaurus.model.kv_cache import KVCache
-from tokasaurus.model.linear_methods.registry import choose_linear
-from tokasaurus.model.parallel.async_tp import open_overlap
-from tokasaurus.model.parallel.collectives import open_tensor_parallel
 from tokasaurus.model.parallel.ranks import Ranks
-from tokasaurus.model.parallel.tensor_parallel import dealt
-from tokasaurus.model.placement import Placement
 from tokasaurus.model.sampling.drawing import draw_tokens, give_logits, score_prompts
 from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
 from tokasaurus.model.sampling.slot_names import SlotNames
-from tokasaurus.model.weights.loader import load_model
+from tokasaurus.model.weights.weights import Weights
 from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_for_device
 from tokasaurus.model.worker.controls import Controls
-from tokasaurus.model.worker.determinism import settle_determinism
-from tokasaurus.model.worker.device_graphs import CudaGraphs
 from tokasaurus.model.worker.device_memory import DeviceMemory, open_device_memory
-from tokasaurus.model.worker.graphed_runner import graphed
 from tokasaurus.model.worker.identity import make_identity
+from tokasaurus.model.worker.loading import choose_kernels, load
 from tokasaurus.model.worker.memory_profile import measure, trial_pages
-from tokasaurus.model.worker.overlapped_runner import OverlappedRunner
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
 from tokasaurus.model.worker.pipeline import Pipeline
-from tokasaurus.model.worker.recorded_runner import RecordedRunner
-from tokasaurus.model.worker.runner import EagerRunner, LayersRunner, Runner
+from tokasaurus.model.worker.runners import make_runner
 from tokasaurus.model.worker.slot_state import HISTORY_BYTES, PlannedBatch, SlotState
-from tokasaurus.model.worker.stage_costs import choose_stage
 from tokasaurus.model.worker.warm_up import warm_up_batches
 from tokasaurus.model.worker.weights_groups import Report, WeightsGroups
 from tokasaurus.protocol.arrays import Int32Array
@@ -74,12 +55,6 @@ from tokasaurus.protocol.messages import ForwardBatch, ToWorker
 __all__ = ["Worker"]
 
 log = logging.getLogger(__name__)
-
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 class Worker:
@@ -95,9 +70,6 @@ class Worker:
 
     Attributes:
         ranks: the workers of the replica.
-        weights: of the model; they can be filled anew between batches.
-        is_deterministic: whether a request gets the same bits whatever runs beside it.
-        determinism_reason: why, or why not; a line for users.
         num_pages: of the KV cache; where memory can be measured, only after ``warm_up``.
 
     Raises:
@@ -120,58 +92,30 @@ class Worker:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._device = _device(config)
-        options = BackendOptions(config.instruction_set, config.use_groups)
-        model_config = read_model_config(config.model_path, config.rope_scaling)
-        heads = _heads(config, model_config)
-        backend = choose_backend(config.attention, self._device, options, heads)
-        place = Placement(
-            _DTYPES[config.dtype],
-            self._device,
-            config.linear,
-            REFERENCE_OPERATORS if config.torch_compile else backend.operators(options),
-            config.instruction_set,
-            is_traced=config.torch_compile,
-            quantization=config.quantization,
-        )
-        place = choose_linear(place)
-        self._vocab_size = model_config.vocab_size
+        kernels = choose_kernels(config, self._device)
+        self._vocab_size = kernels.model.vocab_size
         self.ranks = Ranks(
             config.rank, config.tp_size, config.pp_size, rendezvous, device=self._device
         )
-        _refuse_other_attention(self.ranks, backend.name)
-        stage = choose_stage(self.ranks, model_config, place, backend, options)
-        parallel = open_tensor_parallel(self.ranks.tp_group, self._device, config.instruction_set)
-        overlap = open_overlap(self.ranks, place.linear, config.async_tp_threshold)
-        place = replace(place, parallel=parallel, overlap=overlap)
         vocabulary = load_vocabulary if self.ranks.samples else None
         names = SlotNames()
         self._matchers = Matchers(config.num_slots, self._vocab_size, vocabulary, names)
-        self._model, self.weights, files = load_model(
-            config.model_path, model_config, place, config.load_format, stage
-        )
+        loaded = load(config, kernels, self.ranks)
+        self._kernels, self._loaded, self._model = kernels, loaded, loaded.model
         self._memory = open_device_memory(self._device)
         self.num_pages = config.num_pages if self._memory is None else trial_pages(config)
-        sampling = backend.sampling(options)
-        determinism = settle_determinism(
-            config.deterministic,
-            self._model,
-            place,
-            backend,
-            sampling,
-            self.ranks,
-        )
-        self.is_deterministic, self.determinism_reason = determinism.is_on, determinism.reason
+        heads = kernels.heads
         self._cache = KVCache.allocate(
-            num_layers=len(stage),
+            num_layers=len(loaded.stage),
             num_pages=self.num_pages,
             page_size=config.page_size,
             num_kv_heads=heads.num_kv_heads,
             head_dim=heads.head_dim,
-            dtype=place.dtype,
-            device=place.device,
+            dtype=heads.dtype,
+            device=self._device,
             kept_dtype=heads.kept_dtype,
         )
-        self._backend = backend(self._cache, heads.num_heads, options)
+        self._backend = kernels.backend(self._cache, heads.num_heads, kernels.options)
         self._state = SlotState(
             num_slots=config.num_slots,
             num_pages=self.num_pages,
@@ -179,66 +123,46 @@ class Worker:
             max_request_tokens=config.max_request_tokens,
             vocab_size=self._vocab_size,
             device=self._device,
-            kernels=sampling,
+            kernels=loaded.sampling,
             names=names,
         )
-        self._runner = self._make_runner(heads.num_heads, model_config.hidden_size)
-        if overlap is not None:
-            self._runner = OverlappedRunner(self._runner, self._model, self._backend, overlap)
+        self._runner = make_runner(config, kernels, loaded, self._backend, self._state.page_table)
         self._controls = Controls(
-            self.weights,
-            files,
+            loaded.weights,
+            loaded.files,
             self._cache,
             self._runner,
             self._device,
             self.ranks,
-            model_config,
-            stage,
-            WeightsGroups(self.weights, self.ranks, self._device, replica, report),
+            kernels.model,
+            loaded.stage,
+            WeightsGroups(loaded.weights, self.ranks, self._device, replica, report),
         )
         self._pipeline = Pipeline(
             self.ranks,
             config.num_slots,
-            model_config.hidden_size,
-            place.dtype,
+            kernels.model.hidden_size,
+            heads.dtype,
             self._state.record,
         )
         self._in_flight = InFlight()
         self._next_number = 0
-        self._model_config, self._files, self._linear = model_config, files, place.linear
         log.info("%s", self.determinism_reason)
 
-    def _make_runner(self, num_heads: int, hidden_size: int) -> Runner:
-        config = self._config
-        if not config.torch_compile:
-            if isinstance(self._backend, CompiledBackend):
-                return RecordedRunner(self._model, self._backend, config.max_tokens_per_forward)
-            return self._with_graphs(EagerRunner(self._model, self._backend), hidden_size)
-        # To import what compiles takes seconds.
-        from tokasaurus.model.worker.compiled_runner import CompiledRunner
+    @property
+    def weights(self) -> Weights:
+        """Of the model; they can be filled anew between batches."""
+        return self._loaded.weights
 
-        options = json.loads(config.torch_compile_config or "{}")
-        runner = CompiledRunner(
-            self._model, self._backend, num_heads, self._cache.head_dim, options
-        )
-        return self._with_graphs(runner, hidden_size)
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether a request gets the same bits whatever runs beside it."""
+        return self._loaded.determinism.is_on
 
-    def _with_graphs(self, runner: LayersRunner, hidden_size: int) -> Runner:
-        """Decodes run as graphs, if the device and the backend have them."""
-        config = self._config
-        if self._device.type != "cuda" or not config.cudagraph_sizes:
-            return runner
-        return graphed(
-            runner,
-            self._backend,
-            self._model,
-            hidden_size,
-            self._cache.heads_dtype,
-            self._state.page_table,
-            config.cudagraph_sizes,
-            config.cudagraph_max_tokens,
-            lambda: CudaGraphs(self._device),
-        )
+    @property
+    def determinism_reason(self) -> str:
+        """Why, or why not; a line for users."""
+        return self._loaded.determinism.reason
 
     def warm_up(self) -> float:
         """Runs the largest possible batches, so that a lack of memory shows now.
@@ -315,10 +239,10 @@ class Worker:
         """What its results follow from, beside the requests."""
         return make_identity(
             self._config,
-            self._model_config,
-            self._files,
+            self._kernels.model,
+            self._loaded.files,
             attention=self._backend.name,
-            linear=self._linear,
+            linear=self._kernels.place.linear,
             is_deterministic=self.is_deterministic,
             determinism_reason=self.determinism_reason,
         )
@@ -445,36 +369,6 @@ def _device(config: WorkerConfig) -> torch.device:
     device = torch.device(config.device, config.device_index)
     torch.cuda.set_device(device)  # for kernels and streams that name no device
     return device
-
-
-def _heads(config: WorkerConfig, model: ModelConfig) -> ModelHeads:
-    """Those that this rank has."""
-    tp_rank = config.rank % config.tp_size
-    num_heads, num_kv_heads = (
-        len(dealt(count, tp_rank, config.tp_size))
-        for count in (model.num_heads, model.num_kv_heads)
-    )
-    kept_dtype = E4M3 if config.kv_cache_dtype == "fp8_e4m3" else None
-    dtype = _DTYPES[config.dtype]
-    return ModelHeads(num_heads, num_kv_heads, model.head_dim, dtype, kept_dtype)
-
-
-def _refuse_other_attention(ranks: Ranks, name: str) -> None:
-    """What ranks measure and agree upon depends on their attention: it must be the same.
-
-    Raises:
-        ConfigError: at all ranks, where one of them has chosen another one.
-    """
-    first = ranks.agreed(name)
-    reason = None
-    if name != first:
-        reason = (
-            f"the machine of worker {ranks.rank} runs attention={name}, and that of the first"
-            f" worker attention={first}; set attention to one of"
-            " them: a machine that cannot run it says what it lacks"
-        )
-    if (reason := ranks.agreed(reason)) is not None:
-        raise ConfigError(reason)
 
 
 def _name(message: ToWorker) -> str:

@@ -121,20 +121,23 @@ def plan_decodes(slots: Tensor, lengths: Tensor, tiles: Tiles) -> DevicePlan:
     """
     num_rows, device = len(slots), slots.device
     # As in ``planning``: the positions that would be a program's share, in whole steps, are a task.
-    longest = _ceil_div(lengths.sum(), tiles.num_programs).clamp(min=planning.SHORTEST_TASK)
-    parts = _ceil_div(lengths, longest)
-    steps = _ceil_div(_ceil_div(lengths, parts.clamp(min=1)), planning.STEP) * planning.STEP
-    num_tasks = _ceil_div(lengths, steps.clamp(min=1))
+    longest = ((lengths.sum() - 1) // tiles.num_programs).clamp_(min=planning.SHORTEST_TASK - 1)
+    parts = (lengths + longest) // (longest + 1)
+    quantum = parts.clamp_(min=1) * planning.STEP
+    steps = ((lengths + (quantum - 1)) // quantum * planning.STEP).clamp_(min=1)
+    num_tasks = (lengths + (steps - 1)) // steps
     ends = num_tasks.cumsum(0)
     # The last task of each row, and as many others as there are shares.
     most_tasks = num_rows + tiles.num_programs
     task = torch.arange(most_tasks, device=device)
-    row = torch.searchsorted(ends, task, right=True).clamp(max=num_rows - 1)
-    number = task - (ends - num_tasks)[row]
-    begins, one = number * steps[row], torch.ones_like(row)
-    task_ends = torch.minimum(begins + steps[row], lengths[row])
-    tasks = torch.stack((slots[row], begins, task_ends, row, one, row, one, number), dim=1)
-    tasks *= (task < ends[-1])[:, None]
+    row = torch.searchsorted(ends, task, right=True).clamp_(max=num_rows - 1)
+    of_rows = torch.stack((slots.to(torch.int64), lengths.to(torch.int64), steps, ends - num_tasks))
+    task_slots, task_lengths, task_steps, firsts = of_rows.index_select(1, row)
+    number = task - firsts
+    begins, one = number * task_steps, torch.ones_like(row)
+    task_ends = torch.minimum(begins + task_steps, task_lengths)
+    tasks = torch.stack((task_slots, begins, task_ends, row, one, row, one, number), dim=1)
+    tasks *= (task < ends[-1:])[:, None]
     has_partials = num_tasks > 1
     partial_starts = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
     torch.cumsum(num_tasks * has_partials, 0, dtype=torch.int32, out=partial_starts[1:])
@@ -154,7 +157,3 @@ def plan_decodes(slots: Tensor, lengths: Tensor, tiles: Tiles) -> DevicePlan:
         # They have their shares, and one more task each at most.
         num_partials=room + tiles.num_programs,
     )
-
-
-def _ceil_div(number: Tensor, by: Tensor | int) -> Tensor:
-    return (number + by - 1) // by
