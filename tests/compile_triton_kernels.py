@@ -144,6 +144,9 @@ def _sample(dtype, compiled):
         TRITON_SAMPLING.draw(logits, draws.view(num_rows, -1))
         TRITON_SAMPLING.log_sums(logits, None, None)
         TRITON_SAMPLING.log_sums(logits, index, index.float(), index)
+        bits = torch.zeros(2 * num_rows, _VOCABULARY // 8, dtype=torch.uint8)[num_rows:]
+        TRITON_SAMPLING.mask(logits, logits, index, bits)
+        TRITON_SAMPLING.mask(logits + 1, logits, index, bits)
     return num_first
 
 

@@ -22,6 +22,7 @@ KERNELS = {
     "silu_multiply",
     "draw_token",
     "sum_row",
+    "mask_row",
 }
 DTYPES = {"torch.float32", "torch.float16", "torch.bfloat16"}
 

@@ -85,7 +85,14 @@ def test_everything_that_a_batch_can_ask_for_stays_on_the_device(cuda, checkpoin
             if len(pending) == 2:
                 pending.pop(0).collect()
     assert set(cuda.waits) == {"EventClock.wait", "Download.array"}
-    assert cuda.launched >= {"prepare_heads", "attend_task", "draw_token", "sum_row", "rms_norm"}
+    assert cuda.launched >= {
+        "prepare_heads",
+        "attend_task",
+        "draw_token",
+        "mask_row",
+        "sum_row",
+        "rms_norm",
+    }
 
 
 def test_graphs_are_recorded_and_replayed_without_waiting(cuda, checkpoint):

@@ -10,6 +10,7 @@ from sampling_driver import parameters, random_batch, sent
 
 from tokasaurus.model.backend.base import DEFAULT_OPTIONS, DRAW
 from tokasaurus.model.backend.cpu.sampling import CompiledSampling
+from tokasaurus.model.backend.masking import mask_rows
 from tokasaurus.model.backend.triton.backend import TritonBackend, is_interpreted
 from tokasaurus.model.sampling import sampler
 from tokasaurus.model.sampling.draws import plan_row_draws
@@ -155,3 +156,25 @@ def test_no_rows_give_no_tokens(kernels):
     assert kernels.draw(logits, torch.zeros(0, DRAW.itemsize, dtype=torch.uint8)).tolist() == []
     norms, higher = kernels.log_sums(logits, None, None, torch.zeros(0, dtype=torch.int64))
     assert len(norms) == len(higher) == 0
+
+
+def test_masks_leave_what_the_definition_leaves(kernels):
+    """Of some rows and of all, also where adjustments forbid every allowed token."""
+    for vocab_size in VOCABULARIES:
+        for dtype in DTYPES:
+            generator = torch.Generator().manual_seed(vocab_size)
+            logits = torch.randn(6, vocab_size, generator=generator).to(dtype)
+            adjusted = logits + 1
+            adjusted[2] = adjusted[4] = -torch.inf
+            bits = torch.randint(0, 256, (6, -(-vocab_size // 8)), generator=generator)
+            bits = bits.to(torch.uint8)
+            bits[3] = 0  # nothing at all is allowed
+            for rows in ([0, 1, 2, 3, 4, 5], [4], [1, 2, 5], []):
+                index = torch.tensor(rows, dtype=torch.int64)
+                for values in (adjusted, logits):
+                    before = values.clone()
+                    arguments = values, logits, index, bits[: len(rows)]
+                    with named((vocab_size, dtype, rows)):
+                        found = kernels.mask(*arguments)
+                        assert torch.equal(found, mask_rows(*arguments))
+                        assert torch.equal(values, before)

@@ -56,7 +56,7 @@ def allowed(matchers: Matchers, slots: list[int]) -> list[str | None]:
     result: list[str | None] = [None] * len(slots)
     if masks is not None:
         logits = torch.zeros(len(slots), len(LETTERS) + 1)
-        after = masks.send(torch.device("cpu")).apply(logits, logits, slice(0, len(slots)))
+        after = masks.send(torch.device("cpu"), None).apply(logits, logits, slice(0, len(slots)))
         assert not logits.any()
         for row in masks.rows.tolist():
             ids = (after[row] == 0).nonzero()[:, 0].tolist()
@@ -210,7 +210,7 @@ def check_masks(vocab_size):
     masks = TokenMasks(rows, bits, np.zeros(3, np.bool_))
     for part in (slice(0, 7), slice(1, 3), slice(2, 6), slice(3, 5), slice(5, 6)):
         before = logits[part]
-        after = masks.send(torch.device("cpu")).apply(before, before, part)
+        after = masks.send(torch.device("cpu"), None).apply(before, before, part)
         if not any(part.start <= row < part.stop for row in rows):
             assert after is before
         for row in range(part.start, part.stop):
@@ -235,6 +235,6 @@ def test_a_grammar_wins_over_adjustments_that_forbid_all_its_tokens():
     logits = torch.arange(12, dtype=torch.float32).view(3, 4)
     adjusted = logits.clone()
     adjusted[:, :2] = -torch.inf
-    after = masks.send(torch.device("cpu")).apply(adjusted, logits, slice(0, 3))
+    after = masks.send(torch.device("cpu"), None).apply(adjusted, logits, slice(0, 3))
     none = -np.inf
     assert after.tolist() == [[none, none, 2, none], [none, none, 6, 7], [8, none, none, none]]

@@ -271,6 +271,10 @@ class SamplingKernels(Protocol):
         """
         ...
 
+    def mask(self, adjusted: Tensor, logits: Tensor, rows: Tensor, bits: Tensor) -> Tensor:
+        """Logits without tokens that are not allowed, as ``masking.mask_rows`` defines them."""
+        ...
+
 
 class Attention(Protocol):
     """The attention of one batch, for all its layers."""

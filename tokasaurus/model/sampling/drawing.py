@@ -80,6 +80,7 @@ def plan_draws(
         parts,
         num_top if num_top >= 0 else None,
         adjustments.plan_record(slots, staging),
+        kernels,
     )
 
 
@@ -124,7 +125,7 @@ def draw_tokens(
         [sampling rows] int64, and their logprobs if any row asked.
     """
     tokens = torch.empty(len(rows.slots), dtype=torch.int64, device=hidden.device)
-    sent = masks.send(hidden.device) if masks is not None else None
+    sent = masks.send(hidden.device, rows.kernels) if masks is not None else None
     logprobs = []
     for part in rows.parts:
         logits = adjusted = model.logits(_hidden_of(hidden, rows.rows, part.rows))

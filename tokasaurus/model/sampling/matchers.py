@@ -32,6 +32,8 @@ from torch import Tensor
 
 from tokasaurus.errors import ProtocolError, RequestError
 from tokasaurus.grammars import GrammarCompiler, Vocabulary, holds_json
+from tokasaurus.model.backend.base import SamplingKernels
+from tokasaurus.model.backend.masking import mask_rows
 from tokasaurus.model.download import Download
 from tokasaurus.model.sampling.digits import DigitLimit, JsonText
 from tokasaurus.model.sampling.slot_names import SlotNames
@@ -74,9 +76,9 @@ class TokenMasks:
         """The sampling rows with a grammar that is given up; None if there are none."""
         return self.rows[self.given_up].astype(np.int32) if self.given_up.any() else None
 
-    def send(self, device: torch.device) -> SentMasks:
-        """Copies the masks to the device of the logits."""
-        return SentMasks(self, device)
+    def send(self, device: torch.device, kernels: SamplingKernels | None) -> SentMasks:
+        """Copies the masks to the device of the logits, as they are: a bit for each token."""
+        return SentMasks(self, device, kernels)
 
 
 class SentMasks:
@@ -85,13 +87,17 @@ class SentMasks:
     Args:
         masks: of one batch.
         device: of the logits.
+        kernels: that apply them; None if torch does.
     """
 
-    def __init__(self, masks: TokenMasks, device: torch.device) -> None:
+    def __init__(
+        self, masks: TokenMasks, device: torch.device, kernels: SamplingKernels | None
+    ) -> None:
         staging = Staging(device)
         bits, rows = staging.add(masks.bits), staging.add_indices(masks.rows)
         staging.send()
         self._host_rows, self._rows, self._bits = masks.rows, rows.tensor, bits.tensor
+        self._mask = mask_rows if kernels is None else kernels.mask
 
     def apply(self, adjusted: Tensor, logits: Tensor, part: slice) -> Tensor:
         """Logits with -inf for tokens that are not allowed; the same tensor if no row has a mask.
@@ -105,25 +111,8 @@ class SentMasks:
         first, last = np.searchsorted(self._host_rows, [part.start, part.stop]).tolist()
         if first == last:
             return adjusted
-        count, vocab_size = last - first, logits.shape[1]
-        places = (1 << torch.arange(8, device=logits.device)).to(torch.uint8)
-        forbidden = self._bits[first:last, :, None] & places == 0
-        forbidden = forbidden.view(count, -1)[:, :vocab_size]
         rows = self._rows[first:last] - part.start
-        everything = count == len(logits)
-
-        def masked(values: Tensor) -> Tensor:
-            return (values if everything else values[rows]).masked_fill(forbidden, -torch.inf)
-
-        result = masked(adjusted)
-        if adjusted is not logits:
-            none_left = result.amax(dim=-1, keepdim=True) == -torch.inf
-            result = torch.where(none_left, masked(logits), result)
-        if everything:
-            return result
-        merged = adjusted.clone()
-        merged[rows] = result
-        return merged
+        return self._mask(adjusted, logits, rows, self._bits[first:last])
 
 
 class Matchers:

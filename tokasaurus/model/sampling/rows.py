@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokasaurus.model.backend.base import SamplingKernels
 from tokasaurus.model.sampling.adjustments import PlannedAdjustments, Recording
 from tokasaurus.model.sampling.draws import Draws
 from tokasaurus.model.sampling.logprobs import RowsOfMode
@@ -46,6 +47,7 @@ class SamplingRows:
         num_top: the largest number of top logprobs that a row asks for; None if no row asks for
             logprobs.
         recording: remembers the tokens of the rows that need it, if any does.
+        kernels: of masks; None if torch applies them.
     """
 
     rows: OnDevice | None
@@ -54,6 +56,7 @@ class SamplingRows:
     parts: list[DrawingPart]
     num_top: int | None
     recording: Recording | None
+    kernels: SamplingKernels | None
 
 
 @dataclass(frozen=True, eq=False)

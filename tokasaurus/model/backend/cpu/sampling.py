@@ -12,6 +12,7 @@ from torch import Tensor
 from tokasaurus.model.backend.base import DRAW
 from tokasaurus.model.backend.cpu.build import BuildError, load_library
 from tokasaurus.model.backend.cpu.operators import ELEMENTS
+from tokasaurus.model.backend.masking import mask_rows
 
 __all__ = ["CompiledSampling", "load_sampling"]
 
@@ -102,6 +103,9 @@ class CompiledSampling:
             scores.data_ptr(),
         )
         return scores, ids
+
+    def mask(self, adjusted: Tensor, logits: Tensor, rows: Tensor, bits: Tensor) -> Tensor:
+        return mask_rows(adjusted, logits, rows, bits)
 
 
 @cache

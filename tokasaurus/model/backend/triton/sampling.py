@@ -73,6 +73,22 @@ class TritonSampling:
         ids = _MAX_ID - (((ordered << 32) + (_MAX_ID - ids)).topk(depth, dim=-1).values & _MAX_ID)
         return scores.gather(1, ids), ids
 
+    def mask(self, adjusted: Tensor, logits: Tensor, rows: Tensor, bits: Tensor) -> Tensor:
+        masked = adjusted.clone(memory_format=torch.contiguous_format)
+        if len(rows):
+            sampling_kernels.mask_row[len(rows),](
+                masked,
+                logits,
+                rows,
+                bits,
+                masked.stride(0),
+                logits.stride(0),
+                bits.stride(0),
+                IS_ADJUSTED=adjusted is not logits,
+                **_constants(logits),
+            )
+        return masked
+
 
 TRITON_SAMPLING = TritonSampling()
 

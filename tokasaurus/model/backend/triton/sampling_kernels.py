@@ -9,13 +9,55 @@ same token, unless the random number lies within about 1e-16 of a boundary.
 import triton
 import triton.language as tl
 
-__all__ = ["draw_token", "sum_row"]
+__all__ = ["draw_token", "mask_row", "sum_row"]
 
 LEAST = tl.constexpr(float("-inf"))
 # No id, and no rank, is as high.
 NO_ID = tl.constexpr(0x7FFFFFFF)
 # A token whose score is further below the best one has weight 0.
 WIDEST = tl.constexpr(104.0)
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows", "bits"])
+def mask_row(
+    masked,  # [rows, SIZE], written
+    logits,  # [rows, SIZE], before adjustments
+    rows,  # [masks] int64
+    bits,  # [masks, bytes] uint8, lowest bit first
+    stride,  # of rows of masked
+    logits_stride,
+    bits_stride,
+    IS_ADJUSTED: tl.constexpr,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Takes the tokens that are not allowed out of a row.
+
+    Where no token is left, adjustments have forbidden all that are allowed: these get their logits
+    of before.
+    """
+    number = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + number)
+    allowed = bits + number * bits_stride
+    best = tl.full((), LEAST, tl.float32)
+    for start in range(0, SIZE, TILE):
+        ids = start + tl.arange(0, TILE)
+        there = masked + row * stride + ids
+        is_allowed = (ids < SIZE) & _has_bit(allowed, ids, SIZE)
+        values = tl.load(there, mask=is_allowed, other=LEAST)
+        best = tl.maximum(best, tl.max(values.to(tl.float32), axis=0))
+        tl.store(there, values, mask=ids < SIZE)
+    if IS_ADJUSTED and best == LEAST:
+        for start in range(0, SIZE, TILE):
+            ids = start + tl.arange(0, TILE)
+            is_allowed = (ids < SIZE) & _has_bit(allowed, ids, SIZE)
+            values = tl.load(logits + row * logits_stride + ids, mask=is_allowed, other=LEAST)
+            tl.store(masked + row * stride + ids, values, mask=ids < SIZE)
+
+
+@triton.jit
+def _has_bit(bits, ids, SIZE: tl.constexpr):
+    return ((tl.load(bits + ids // 8, mask=ids < SIZE, other=0) >> (ids % 8)) & 1) != 0
 
 
 @triton.jit
