@@ -62,6 +62,16 @@ def problems(**arguments):
     return str(caught.value).splitlines()
 
 
+def test_a_graph_has_room_for_no_more_pages_than_a_request_may_have():
+    for flags, tokens in (
+        ({}, 4096),
+        ({"max_num_tokens_per_request": 1001}, 1008),
+        ({"cudagraph_max_kv_indices_per_seq": 10}, 160),
+    ):
+        (replica,) = slices(num_cuda_devices=1, **flags).replicas
+        assert replica.workers[0].cudagraph_max_tokens == tokens
+
+
 def test_default_configuration():
     result = slices()
     (replica,) = result.replicas

@@ -39,6 +39,7 @@ from tokasaurus.errors import ConfigError
 from tokasaurus.observability.tracing import traces_url
 from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode, Pooling
 from tokasaurus.protocol.role import Kind
+from tokasaurus.rounding import round_up
 
 __all__ = ["BUNDLED_MODEL_NAME", "data_dir_of", "resolve"]
 
@@ -502,7 +503,11 @@ def _worker(
         torch_compile=config.torch_compile,
         torch_compile_config=None if compiling is None else json.dumps(compiling, sort_keys=True),
         cudagraph_sizes=graph_sizes(config, device, limits.max_seqs),
-        cudagraph_max_tokens=config.cudagraph_max_kv_indices_per_seq * limits.page_size,
+        # A backend may keep room for the pages of each row of a graph: no sequence has more.
+        cudagraph_max_tokens=min(
+            config.cudagraph_max_kv_indices_per_seq * limits.page_size,
+            round_up(limits.max_request_tokens, limits.page_size),
+        ),
         async_tp_threshold=config.async_tp_threshold,
         num_threads=config.cpu_threads,
     )

@@ -43,13 +43,16 @@ class Later:
     """
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
-        self._make = make
+        self._make: Callable[[], Tensor] | None = make
         self._tensor: Tensor | None = None
 
     @property
     def tensor(self) -> Tensor:
         if self._tensor is None:
+            assert self._make is not None
             self._tensor = self._make()
+            # It holds what the tensor is made of, which may be a whole staging buffer.
+            self._make = None
         return self._tensor
 
 

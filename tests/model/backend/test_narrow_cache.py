@@ -108,6 +108,15 @@ def test_a_worker_with_such_a_cache_is_near_one_without(checkpoint):
     assert 0 < difference < 0.5
 
 
+def test_the_log_names_the_dtype_of_the_cache(checkpoint, caplog):
+    for kept, named in (("auto", "float32"), ("fp8_e4m3", "float8_e4m3fn")):
+        config = worker_config(checkpoint, attention="reference", kv_cache_dtype=kept)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            Worker(config).warm_up()
+        assert f"tokens in {named}:" in caplog.text
+
+
 def test_backends_that_cannot_say_what_can(monkeypatch):
     monkeypatch.setattr(triton_backend, "is_interpreted", lambda: False)
     capability = (8, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from pathlib import Path
 
 import torch
@@ -149,3 +151,25 @@ def test_a_step_of_the_same_sequences_sends_new_pages_only(monkeypatch):
         assert sent.pop(0) > 0
         assert sent == [0] * 12 + [20 * num_sequences] + [0] * 2
     assert len(num_calls) == 1
+
+
+def test_nothing_of_a_buffer_is_kept_when_its_batch_is_done(monkeypatch):
+    """A batch may have sent long prompts, and its slots may then decode for a long time."""
+    driver, state = make()
+    staged: list[weakref.ref] = []
+    add = upload.Staging.add
+
+    def noted(*args, **fields):
+        result = add(*args, **fields)
+        staged.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(upload.Staging, "add", noted)
+    for slot in range(3):
+        start(driver, slot, slot)
+    state.apply(driver.batch(prefill=[Enter(slot, [5] * 40) for slot in range(3)]))
+    for slots in ([0, 1, 2], [0, 1, 2], [0, 2]):
+        state.apply(driver.batch(slots))
+    gc.collect()
+    assert staged
+    assert not [ref() for ref in staged if ref() is not None]

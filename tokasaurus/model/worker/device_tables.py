@@ -89,6 +89,8 @@ class DeviceTables:
     def plan(
         self,
         batch: ForwardBatch,
+        positions: Int32Array,
+        row_ends: Int32Array,
         chunk_ends: Int32Array,
         parameters: SamplingParameters,
         staging: Staging,
@@ -97,6 +99,8 @@ class DeviceTables:
 
         Args:
             batch: a message that was checked.
+            positions: [rows].
+            row_ends: [chunks], the row behind the last one of each.
             chunk_ends: [chunks], the length of each chunk's sequence after it.
             parameters: of all slots, with those of sequences that enter.
             staging: sends what the device does not know.
@@ -109,7 +113,10 @@ class DeviceTables:
         decodes = self._decodes
         if decodes is None or not np.array_equal(batch.decode_slots, decodes.slots):
             decodes = _Decodes.of(batch.decode_slots.copy(), staging, self._device)
-        chunks = _Chunks.of(batch, chunk_ends, staging) if len(chunk_ends) else None
+        chunks = None
+        if len(chunk_ends):
+            positions = positions[len(batch.decode_slots) :]
+            chunks = _Chunks.of(batch, positions, row_ends, chunk_ends, staging)
         # Most batches change few tables.
         entries = None
         if len(batch.table_slots):
@@ -176,19 +183,21 @@ class _Chunks:
     ends: Staged
 
     @classmethod
-    def of(cls, batch: ForwardBatch, ends: Int32Array, staging: Staging) -> _Chunks:
-        lengths = batch.prefill_lengths
-        row_ends = np.cumsum(lengths, dtype=np.int32)
-        firsts = batch.prefill_starts - (row_ends - lengths)
-        positions = np.repeat(firsts, lengths) + np.arange(len(batch.prefill_ids), dtype=np.int32)
-        drawn_rows = len(batch.decode_slots) + row_ends[batch.draw_chunks] - 1
+    def of(
+        cls,
+        batch: ForwardBatch,
+        positions: Int32Array,
+        row_ends: Int32Array,
+        ends: Int32Array,
+        staging: Staging,
+    ) -> _Chunks:
         # A slot that draws from the chunk of another one has the same length from then on.
         grown = np.concatenate((batch.prefill_slots, batch.draw_slots))
         return cls(
             staging.add_indices(batch.prefill_ids),
             staging.add_indices(positions),
             staging.add_indices(batch.draw_slots),
-            staging.add_indices(drawn_rows),
+            staging.add_indices(row_ends[batch.draw_chunks] - 1),
             staging.add_indices(grown),
             staging.add(np.concatenate((ends, ends[batch.draw_chunks]))),
         )

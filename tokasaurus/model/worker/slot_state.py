@@ -187,7 +187,9 @@ class SlotState:
         self._fork(batch, lengths[num_decodes:])
         scored_rows, next_ids = self._scored(batch)
         groups = self._groups(batch, firsts)
-        changes = self._tables.plan(batch, lengths[num_decodes:], self.sampling, staging)
+        changes = self._tables.plan(
+            batch, positions, ends[num_decodes:], lengths[num_decodes:], self.sampling, staging
+        )
         sampling = plan_draws(
             changes.sampled_rows,
             sampled_slots,

@@ -189,7 +189,7 @@ class Worker:
             time.perf_counter() - started,
             cache.num_pages,
             cache.num_pages * cache.page_size,
-            self._config.dtype,
+            str(cache.dtype).removeprefix("torch."),
             cache.num_bytes / 1e6,
         )
         # The first batches load libraries, too, and may compile: the quickest counts.

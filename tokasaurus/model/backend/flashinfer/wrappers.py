@@ -57,7 +57,7 @@ class Wrappers:
         self.workspace_bytes = workspace_bytes(heads, self._num_processors)
         # Calls run one after the other, so they share it.
         self._workspace = _zeros(self.workspace_bytes, device)
-        self._graph_workspaces = _zeros(0, device), _zeros(0, device)
+        self._graph_workspaces = _zeros(0, device), _zeros(0, device), _zeros(0, device)
         self._kinds: dict[str, _Turns] = {}
         self._has_fa3 = _has_fa3(library, heads, cache_dtype, device)
 
@@ -117,14 +117,16 @@ class Wrappers:
         sizes = (
             graph_bytes(heads, self._num_processors, num_rows),
             graph_plan_bytes(heads, self._num_processors, num_rows),
+            max_pages * torch.int32.itemsize,
         )
-        # A plan is made before each replay, so graphs share even what plans are copied to. The
-        # largest graph comes first. Graphs that were recorded with smaller ones keep them.
-        numbers, plans = (
+        # A plan is made before each replay, so graphs share even what plans and lists of pages are
+        # copied to. The largest graph comes first. Graphs that were recorded with smaller ones keep
+        # them.
+        numbers, plans, pages = (
             workspace if len(workspace) >= size else _zeros(size, device)
             for workspace, size in zip(self._graph_workspaces, sizes, strict=True)
         )
-        self._graph_workspaces = numbers, plans
+        self._graph_workspaces = numbers, plans, pages
 
         def buffer(count: int) -> Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)
@@ -135,7 +137,7 @@ class Wrappers:
             use_cuda_graph=True,
             use_tensor_cores=True,
             paged_kv_indptr_buffer=buffer(num_rows + 1),
-            paged_kv_indices_buffer=buffer(max_pages),
+            paged_kv_indices_buffer=pages.view(torch.int32),
             paged_kv_last_page_len_buffer=buffer(num_rows),
             backend="fa2",
         )
