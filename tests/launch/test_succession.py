@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,8 +101,9 @@ def test_a_process_has_not_taken_what_it_has_not_written():
     planned = sum(item.num_bytes for item in slices.memory_plan.items)
     untaken, text = untaken_memory(slices, [])
     assert untaken == planned
-    with_this_process, text = untaken_memory(slices, [os.getpid(), 1 << 30])
-    assert 0 < with_this_process < planned
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        with_a_process, text = untaken_memory(slices, [process.pid, 1 << 30])
+    assert 0 < with_a_process < planned
     assert "the running engine has planned with" in text
 
 
