@@ -154,9 +154,14 @@ def test_an_abort_gives_partial_tokens_and_spares_other_clients(engine):
 def test_a_request_that_waits_for_its_place_is_aborted_too(engine):
     """It has no tokens: more requests than the engine runs at once."""
 
+    def all_are_there() -> bool:
+        figures = engine.metrics()
+        return figures["running_sequences"] + figures["waiting_sequences"] >= 90
+
     async def work(server):
         mine = [asyncio.create_task(server.generate(PROMPTS[0], LONG, f"w{k}")) for k in range(90)]
-        await asyncio.sleep(0.3)
+        while not all_are_there():
+            await asyncio.sleep(0.01)
         await server.abort_all_requests()
         return await asyncio.gather(*mine)
 
