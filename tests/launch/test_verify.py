@@ -287,13 +287,8 @@ def test_what_cannot_be_verified_has_status_2(
 
 
 def test_a_worker_without_deterministic_results_gives_none(model, monkeypatch, receipt, verify):
-    made = Worker.identity
-
-    def unstable(worker):
-        worker.is_deterministic, worker.determinism_reason = False, "attention=reference"
-        return made(worker)
-
-    monkeypatch.setattr(Worker, "identity", unstable)
+    monkeypatch.setattr(Worker, "is_deterministic", False)
+    monkeypatch.setattr(Worker, "determinism_reason", "attention=reference")
     with LLM(model, kv_cache_num_tokens=2048) as llm:
         with pytest.raises(RequestError, match="attention=reference; start it with determ") as no:
             llm.generate(PROMPT, ASKED, use_tqdm=False)
