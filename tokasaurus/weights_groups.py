@@ -119,6 +119,8 @@ class WeightsGroup:
                 if time.monotonic() > deadline:
                     raise EngineError(f"the tensor has not come within {timeout_s:g} s")
         except RuntimeError as error:
+            if time.monotonic() > deadline:  # the group has noticed it before us
+                raise EngineError(f"the tensor has not come within {timeout_s:g} s") from None
             raise EngineError(
                 f"another rank of the group {self.place.name!r} is gone, or sends something else"
                 f" ({_first_line(error)})"

@@ -104,7 +104,7 @@ def test_a_trainer_that_fails_leaves_the_weights_as_they_were(client, sender, tm
         answers = failing.result()
     if answers is not None:
         status, body = answers[-1]
-        said = "Timed out" if mode == "silent" else "fewer bytes"
+        said = "has not come within" if mode == "silent" else "fewer bytes"
         assert (status, said in body["error"]["message"]) == (409, True), answers
     assert client.weights.version() == version
     model = noisy_model(5)
