@@ -33,7 +33,7 @@ from tokasaurus.tuning.machine import Here, look_here
 from tokasaurus.tuning.sizing import sized
 from tokasaurus.tuning.space import coordinates_of, layouts_here, start_of
 from tokasaurus.tuning.trial_log import TrialLog
-from tokasaurus.tuning.tuned_file import write_tuned
+from tokasaurus.tuning.tuned_file import check_tuned, write_tuned
 from tokasaurus.tuning.tuner import Result, Row, Tuner
 from tokasaurus.version import __version__
 
@@ -78,6 +78,7 @@ SCHEMA = Schema(
 def run(config: TuneConfig) -> None:
     """Tunes, writes the file and prints a table."""
     out = Path(config.out)
+    check_tuned(out)
     facts = model_facts(find_model(config.model), load_format=config.load_format)
     demand = config.demand(facts)
     progress("measuring how fast this machine multiplies and reads memory")
