@@ -108,6 +108,18 @@ def test_without_time_nothing_but_an_error_comes(tmp_path):
         search(tmp_path, tuner(tmp_path, rate, max_s=0))
 
 
+def test_without_time_for_more_than_the_defaults_it_is_said_and_the_next_search_has_them(tmp_path):
+    def run(task, ready_s, run_s):
+        each.max_s = 0
+        each.__post_init__()  # the first trial has taken all time
+        return Formula(rate)(task, ready_s, run_s)
+
+    each = tuner(tmp_path, rate, run=run)
+    with pytest.raises(ConfigError, match="max_s=0 leaves no time for a trial beside"):
+        search(tmp_path, each)
+    assert TrialLog(tmp_path / "log", PREMISES).num_found == 1
+
+
 def test_when_no_setting_runs_the_reasons_are_told(tmp_path):
     with pytest.raises(ConfigError, match="no setting runs:\nthe weights are missing"):
         search(tmp_path, tuner(tmp_path, lambda _: "the weights are missing"))

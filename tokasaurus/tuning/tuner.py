@@ -106,14 +106,20 @@ class Tuner:
             log: what has been measured with this part.
 
         Raises:
-            ConfigError: nothing runs; says why.
+            ConfigError: nothing runs, or there is no time for it; says why.
         """
         search = _Search(self, part, log)
         defaults = search.trial("the engine's defaults", self._common())
         if defaults is None:
             raise ConfigError(f"max_s={self.max_s:g} leaves no time for a trial; raise it")
         best, is_complete = climb(start, coordinates, search.rate, GAIN)
-        if not search.rate(best):
+        rate = search.rate(best)
+        if rate is None:
+            raise ConfigError(
+                f"max_s={self.max_s:g} leaves no time for a trial beside the engine's defaults;"
+                " raise it, and the same command goes on"
+            )
+        if not rate:
             problems = {row.measured.problem for row in search.rows}
             raise ConfigError("no setting runs:\n" + "\n".join(sorted(problems)))
         return search.confirmed(best, defaults, is_complete)
