@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -13,7 +14,7 @@ from tokasaurus.errors import ConfigError
 from tokasaurus.planner.candidates import Layout
 from tokasaurus.planner.search import Search
 from tokasaurus.tuning.sizing import sized
-from tokasaurus.tuning.space import coordinates_of, layouts_here, start_of
+from tokasaurus.tuning.space import coordinates_of, layouts_here, planned, start_of
 from tokasaurus.tuning.trial_log import TrialLog
 from tokasaurus.tuning.tuned_file import write_tuned
 
@@ -31,7 +32,7 @@ def rate(flags):
 
 def search(directory, each, machine=None, log=None, **flags):
     machine = machine or here()
-    plan = Search(each.question, DEMAND, max_simulations=1).run()
+    plan = Search(planned(each.question), DEMAND, max_simulations=1).run()
     start = start_of(plan.best, machine, flags)
     layouts = layouts_here(each.question, plan, machine)
     log = log or TrialLog(directory / "log", PREMISES)
@@ -126,8 +127,6 @@ def test_when_no_setting_runs_the_reasons_are_told(tmp_path):
 
 
 def test_decided_flags_are_in_every_trial_and_not_changed(tmp_path):
-    import dataclasses
-
     flags = {"max_seqs_per_forward": 24, "dtype": "float32"}
     each = tuner(tmp_path, rate)
     each.question = dataclasses.replace(each.question, flags=flags, sizes={"tp_size": 1})
@@ -135,6 +134,17 @@ def test_decided_flags_are_in_every_trial_and_not_changed(tmp_path):
     for task in each.run.tasks:
         assert (task.flags["max_seqs_per_forward"], task.flags["dtype"]) == (24, "float32")
         assert task.flags["tp_size"] == 1
+
+
+@pytest.mark.parametrize("sizes", [{"dp_size": 2}, {"tp_size": 2}, {"dp_size": 2, "tp_size": 2}])
+def test_a_decided_layout_of_a_machine_without_gpus_shares_its_cores(tmp_path, sizes):
+    each = tuner(tmp_path, rate)
+    each.question = dataclasses.replace(each.question, sizes=sizes)
+    search(tmp_path, each, **sizes)
+    defaults, first, *others = each.run.tasks
+    assert first.flags["cpu_threads"] == 4 // math.prod(sizes.values())
+    for task in (defaults, first, *others):
+        assert {name: task.flags[name] for name in sizes} == sizes
 
 
 def test_layouts_of_a_machine_without_gpus_share_its_cores(tmp_path):

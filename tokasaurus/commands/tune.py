@@ -31,7 +31,7 @@ from tokasaurus.planner.demand import Demand
 from tokasaurus.planner.search import Search
 from tokasaurus.tuning.machine import Here, look_here
 from tokasaurus.tuning.sizing import sized
-from tokasaurus.tuning.space import coordinates_of, layouts_here, start_of
+from tokasaurus.tuning.space import coordinates_of, layouts_here, planned, start_of
 from tokasaurus.tuning.trial_log import TrialLog
 from tokasaurus.tuning.tuned_file import check_tuned, write_tuned
 from tokasaurus.tuning.tuner import Result, Row, Tuner
@@ -85,7 +85,7 @@ def run(config: TuneConfig) -> None:
     here = look_here(EngineConfig.from_flags(device=config.device))
     decided = {**config.flags, "load_format": config.load_format}
     question = Question(facts, here.device, here.num_devices, decided, config.sizes)
-    search = Search(question, demand, _NUM_SIMULATIONS, _PLAN_S, progress=progress)
+    search = Search(planned(question), demand, _NUM_SIMULATIONS, _PLAN_S, progress=progress)
     plan = search.run()
     start = start_of(plan.best, here, {**decided, **config.sizes})
     tuner = Tuner(

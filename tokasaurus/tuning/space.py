@@ -13,11 +13,16 @@ from tokasaurus.planner.search import Outcome, Plan
 from tokasaurus.tuning.coordinates import Coordinate, Point
 from tokasaurus.tuning.machine import Here
 
-__all__ = ["coordinates_of", "layouts_here", "start_of"]
+__all__ = ["coordinates_of", "layouts_here", "planned", "start_of"]
 
 _SEQS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 _PAGES = (16, 32, 64)
+
+
+def planned(question: Question) -> Question:
+    """What the planner is asked. To it a processor is one device, whatever shares its cores."""
+    return dataclasses.replace(question, sizes={}) if question.device.kind == "cpu" else question
 
 
 def layouts_here(question: Question, plan: Plan, here: Here) -> list[Layout]:
@@ -38,15 +43,17 @@ def layouts_here(question: Question, plan: Plan, here: Here) -> list[Layout]:
 
 def start_of(best: Outcome, here: Here, decided: Mapping[str, Any]) -> dict[str, Any]:
     """The point of the planner's best configuration."""
-    manager, layout = best.candidate.manager, best.candidate.layout
+    manager = best.candidate.manager
+    sizes = dataclasses.asdict(best.candidate.layout)
     point = {
-        **dataclasses.asdict(layout),
+        **sizes,
         "max_seqs_per_forward": manager.max_seqs_per_forward,
         "max_tokens_per_forward": manager.max_tokens_per_forward,
         "page_size": manager.page_size,
     }
     if here.device.kind == "cpu":
-        point["cpu_threads"] = here.num_cores
+        layout = Layout(**{name: decided.get(name, size) for name, size in sizes.items()})
+        point["cpu_threads"] = _num_threads(layout, here)
     return {name: value for name, value in point.items() if name not in decided}
 
 
@@ -88,7 +95,9 @@ def coordinates_of(
 
 
 def _threads(layout: Layout, here: Here, decided: Mapping[str, Any]) -> dict[str, int]:
-    """Workers share the cores."""
-    if "cpu_threads" in decided:
-        return {}
-    return {"cpu_threads": here.num_cores // layout.num_devices}
+    return {} if "cpu_threads" in decided else {"cpu_threads": _num_threads(layout, here)}
+
+
+def _num_threads(layout: Layout, here: Here) -> int:
+    """Of each worker: they share the cores."""
+    return max(here.num_cores // layout.num_devices, 1)
