@@ -36,7 +36,7 @@ def search(directory, each, machine=None, log=None, **flags):
     start = start_of(plan.best, machine, flags)
     layouts = layouts_here(each.question, plan, machine)
     log = log or TrialLog(directory / "log", PREMISES)
-    return each.tune(start, coordinates_of(start, layouts, machine, flags), DEMAND, log)
+    return each.tune(start, coordinates_of(start, layouts, machine), DEMAND, log)
 
 
 def test_the_best_setting_is_found_measured_again_and_compared_with_the_defaults(tmp_path):
@@ -159,7 +159,7 @@ def test_layouts_of_a_machine_without_gpus_share_its_cores(tmp_path):
         Layout(1, 4, 1),
     ]
     start = start_of(plan.best, here(), {})
-    layouts = coordinates_of(start, found, here(), {})[-1]
+    layouts = coordinates_of(start, found, here())[-1]
     assert [
         (each["dp_size"], each["tp_size"], each["cpu_threads"]) for each in layouts.options
     ] == [

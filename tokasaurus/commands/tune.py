@@ -105,7 +105,7 @@ def run(config: TuneConfig) -> None:
         if log.num_found:
             progress(f"{path} has {log.num_found} trials of an earlier run")
         layouts = layouts_here(question, plan, here)
-        coordinates = coordinates_of(start, layouts, here, {**decided, **config.sizes})
+        coordinates = coordinates_of(start, layouts, here)
         part = demand.first(size)
         result = tuner.tune(start, coordinates, part, log)
     except KeyboardInterrupt:

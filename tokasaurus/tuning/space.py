@@ -57,16 +57,13 @@ def start_of(best: Outcome, here: Here, decided: Mapping[str, Any]) -> dict[str,
     return {name: value for name, value in point.items() if name not in decided}
 
 
-def coordinates_of(
-    start: Point, layouts: Sequence[Layout], here: Here, decided: Mapping[str, Any]
-) -> list[Coordinate]:
-    """What the search may change: flags that are not decided, and matter on this device.
+def coordinates_of(start: Point, layouts: Sequence[Layout], here: Here) -> list[Coordinate]:
+    """What the search may change: flags of the first point that matter on this device.
 
     Args:
         start: the first point, whose values are among the options.
         layouts: that hold the model.
         here: the machine.
-        decided: flags that are set already, by name.
     """
     coordinates = []
     for name, values in (
@@ -82,20 +79,15 @@ def coordinates_of(
         for layout in layouts
     ]
     if here.device.kind == "cpu":
-        if "cpu_threads" in start:
-            halves = [here.num_cores >> shift for shift in range(here.num_cores.bit_length())]
-            coordinates.append(Coordinate([{"cpu_threads": each} for each in sorted(halves)]))
+        halves = [here.num_cores >> shift for shift in range(here.num_cores.bit_length())]
+        coordinates.append(Coordinate([{"cpu_threads": each} for each in sorted(halves)]))
         sizes = [
-            {**size, **_threads(layout, here, decided)}
+            {**size, "cpu_threads": _num_threads(layout, here)}
             for size, layout in zip(sizes, layouts, strict=True)
         ]
     if len(sizes) > 1:
         coordinates.append(Coordinate(sizes, ordered=False))
     return coordinates
-
-
-def _threads(layout: Layout, here: Here, decided: Mapping[str, Any]) -> dict[str, int]:
-    return {} if "cpu_threads" in decided else {"cpu_threads": _num_threads(layout, here)}
 
 
 def _num_threads(layout: Layout, here: Here) -> int:
