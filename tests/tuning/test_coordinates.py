@@ -48,6 +48,13 @@ def test_a_function_with_one_maximum_is_climbed_from_anywhere():
         assert len(keys) == len(set(keys)) < 10 * 7 * 4 / 4, seed
 
 
+def test_the_way_back_from_a_faster_end_of_a_coordinate_is_not_tried():
+    measured = Measured(lambda point: 100 + point["size"])
+    best, ended = climb({"size": 8}, [SIZES], measured, 1.0)
+    assert (best, ended) == ({"size": 9}, True)
+    assert [point["size"] for point in measured.points] == [8, 9]
+
+
 def test_a_coordinate_is_tried_again_after_another_has_changed():
     # Only with the layout b is a larger size faster.
     def rate(point):

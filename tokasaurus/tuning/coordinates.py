@@ -82,8 +82,8 @@ def climb(
         return start, False
     turn = num_idle = 0  # idle: coordinates in a row that did not help
     while num_idle < len(coordinates):
-        before = best
-        for walk in coordinates[turn % len(coordinates)].walks(before):
+        before, coordinate = best, coordinates[turn % len(coordinates)]
+        for walk in coordinate.walks(before):
             for option in walk:
                 point = {**best, **option}
                 rate = rate_of(point)
@@ -92,7 +92,7 @@ def climb(
                 if rate <= gain * best_rate:
                     break
                 best, best_rate = point, rate
-            if best is not before and len(walk) > 1:
+            if best is not before and coordinate.ordered:
                 break  # the other way is slower
         turn += 1
         num_idle = num_idle + 1 if best is before else 0
