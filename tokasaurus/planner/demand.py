@@ -35,6 +35,7 @@ _COUNTS = ("prompt", "output", "n", "requests", "prefix", "max")
 _NUMBERS = ("spread", "rate")
 _KEYS = (*_COUNTS, *_NUMBERS)
 _MAX_SAMPLES = 4_000_000  # that a shape may have, since each has an entry of the trace
+_MOST = {**dict.fromkeys(_COUNTS, (1 << 31) - 1), "spread": 10}
 _LONGEST = 4  # the limit of spread outputs, as a multiple of their mean
 
 
@@ -193,6 +194,8 @@ class _Shape(msgspec.Struct, frozen=True, kw_only=True):
                     f"workload={text}: {key!r} is not a part of a shape; the nearest is"
                     f" {nearest(key, _KEYS)!r}, and the parts are {', '.join(_KEYS)}"
                 )
+            if key in values:
+                raise ConfigError(f"workload={text}: {key} is there twice; leave one out")
             values[key] = _number(text, key, value)
         for key in ("prompt", "output"):
             if key not in values:
@@ -240,4 +243,6 @@ def _number(text: str, key: str, value: str) -> float | int:
         raise ConfigError(
             f"workload={text}: {key} must be {kind} of at least {least}, not {value!r}"
         )
+    if number > _MOST.get(key, number):
+        raise ConfigError(f"workload={text}: {key} may be at most {_MOST[key]}, not {value}")
     return number
