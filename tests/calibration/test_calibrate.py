@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tokasaurus import LLM, SamplingParams
-from tokasaurus.bench import predict
+from tokasaurus.bench import calibrate, predict
 from tokasaurus.bench.main import main
 from tokasaurus.bench.peers.checkpoint import SHAPES, make_checkpoint, make_once
 from tokasaurus.bench.peers.workloads import Workload
@@ -61,6 +61,18 @@ def test_a_calibration_is_written_checked_and_replayed(checkpoint, tmp_path, cap
     )
     assert main(["replay", str(trace), f"cost={out}"]) == 0
     assert last_line(capsys)["makespan_s"] > 3 * cost.host.batch_s
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_measurements(
+    tmp_path, monkeypatch, capsys
+):
+    def measured(*_):
+        raise AssertionError("it measured")
+
+    monkeypatch.setattr(calibrate, "calibrated", measured)
+    out = tmp_path / "none" / "cost.yaml"
+    assert main(["calibrate", f"out={out}"]) == 2
+    assert f"out={out}: No such file or directory" in capsys.readouterr().err
 
 
 def test_several_workers_and_tiny_batches_are_refused(checkpoint, tmp_path, capsys):

@@ -22,7 +22,7 @@ from tokasaurus.bench.output import print_json, progress, table
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import Schema, flag
 from tokasaurus.launch.processor import bound_spinning
-from tokasaurus.planner.cost_file import CostFile, write_cost
+from tokasaurus.planner.cost_file import CostFile, check_cost_file, write_cost
 
 if TYPE_CHECKING:
     from tokasaurus.calibration.calibrate import Calibration
@@ -58,6 +58,7 @@ SCHEMA = Schema(
 
 def run(config: CalibrateConfig) -> None:
     """Measures, writes the file and prints how good it is."""
+    check_cost_file(config.out)
     result = calibrated(config, config.rounds)
     about = {
         "model": config.model or "the bundled model",

@@ -9,7 +9,7 @@ import msgspec
 from tokasaurus.errors import ConfigError
 from tokasaurus.planner.cost_model import CostModel
 
-__all__ = ["CostFile", "read_cost", "write_cost"]
+__all__ = ["CostFile", "check_cost_file", "read_cost", "write_cost"]
 
 
 class CostFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,12 +24,24 @@ class CostFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cost: CostModel
 
 
+def check_cost_file(path: str) -> None:
+    """Raises ConfigError if the file cannot be written, before a calibration takes its time."""
+    try:
+        Path(path).open("ab").close()
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
 def write_cost(path: str, file: CostFile) -> None:
     """Writes the file. Raises ConfigError if it cannot."""
     try:
         Path(path).write_bytes(msgspec.yaml.encode(file))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: str, error: OSError) -> ConfigError:
+    return ConfigError(f"out={path}: {error.strerror}; set another file with out=")
 
 
 def read_cost(path: str) -> CostModel:
