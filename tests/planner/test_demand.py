@@ -51,6 +51,7 @@ def test_a_file_is_not_taken_for_a_shape():
     ("shape", "words"),
     [
         ("promt=8,output=8", "'promt' is not a part of a shape; the nearest is 'prompt'"),
+        ("colour=8", "'colour' is not a part of a shape; the parts are prompt, output, n, "),
         ("prompt=8", "a shape needs output"),
         ("prompt=8,output=x", "output must be a whole number of at least 1, not 'x'"),
         ("prompt=0,output=8", "prompt must be a whole number of at least 1, not '0'"),

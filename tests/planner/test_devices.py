@@ -73,6 +73,7 @@ def test_a_missing_rate_of_a_dtype_names_the_others(tmp_path):
 def test_unknown_names_get_the_nearest_ones():
     assert "the nearest is h200. Known are b200, " in error_of("h20")
     assert "the nearest is a100-80gb or a100-40gb." in error_of("a100")
+    assert error_of("cpu").startswith("device=cpu is not known. Known are b200, ")
     assert error_of("none/there.yaml") == "device=none/there.yaml: No such file or directory"
 
 

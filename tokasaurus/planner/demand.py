@@ -190,9 +190,11 @@ class _Shape(msgspec.Struct, frozen=True, kw_only=True):
         for word in text.split(","):
             key, _, value = word.strip().partition("=")
             if key not in _KEYS:
+                near = nearest(key, _KEYS)
+                guess = "" if near is None else f"the nearest is {near!r}, and "
                 raise ConfigError(
-                    f"workload={text}: {key!r} is not a part of a shape; the nearest is"
-                    f" {nearest(key, _KEYS)!r}, and the parts are {', '.join(_KEYS)}"
+                    f"workload={text}: {key!r} is not a part of a shape; {guess}the parts are"
+                    f" {', '.join(_KEYS)}"
                 )
             if key in values:
                 raise ConfigError(f"workload={text}: {key} is there twice; leave one out")

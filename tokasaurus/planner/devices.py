@@ -169,8 +169,9 @@ def _unknown(name: str) -> str:
     # Names that begin in the same way come first: a100 is a100-80gb or a100-40gb.
     near = [each for each in device_names() if each.startswith(name.lower())]
     guess = " or ".join(near) or nearest(name.lower(), device_names())
+    hint = f"; the nearest is {guess}" if guess else ""
     return (
-        f"device={name} is not known; the nearest is {guess}. Known are {known}; describe another"
+        f"device={name} is not known{hint}. Known are {known}; describe another"
         " in a file, and name it with device=FILE.yaml"
     )
 
