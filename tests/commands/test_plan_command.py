@@ -15,7 +15,7 @@ from tokasaurus.demo import MODEL_DIR
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.facts import model_facts
 from tokasaurus.planner.cost_file import CostFile, write_cost
-from tokasaurus.planner.cost_model import fixed
+from tokasaurus.planner.cost_model import INSTANT, fixed
 from tokasaurus.planner.trace import write_trace
 from tokasaurus.planner.workloads import WORKLOADS
 
@@ -89,10 +89,13 @@ def test_a_trace_is_planned_and_its_broken_line_is_named(plan, tmp_path):
         (("device=l4", "workload=prompt=200000,output=4"), "and the model has 131072 positions"),
         (("device=l4", SHAPE, "gpus=2", "cost=x.yaml"), "cost=x.yaml is for one device"),
         (("device=l4", SHAPE, "cost=x.yaml"), "cost=x.yaml: No such file or directory"),
+        (("device=l4", SHAPE, "cost=zero.yaml"), "cost=zero.yaml: a batch takes no time"),
         (("device=l4", SHAPE, "gpu=2"), "unknown flag 'gpu': the nearest is 'gpus'"),
     ],
 )
-def test_errors_name_the_flag(plan, words, message):
+def test_errors_name_the_flag(plan, words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_cost("zero.yaml", CostFile({}, INSTANT))
     status, _, err = plan(*words)
     assert status == 2
     assert message in err

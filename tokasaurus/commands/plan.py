@@ -19,6 +19,7 @@ from tokasaurus.launch.model_files import find_description
 from tokasaurus.model.facts import model_facts
 from tokasaurus.planner.candidates import Question
 from tokasaurus.planner.cost_file import read_cost
+from tokasaurus.planner.cost_model import BatchWork, CostModel
 from tokasaurus.planner.devices import find_device
 from tokasaurus.planner.plan_report import PlanReport
 from tokasaurus.planner.search import Search
@@ -73,7 +74,7 @@ def run(config: PlanConfig) -> None:
         )
     facts = model_facts(find_description(config.model))
     demand = config.demand(facts)
-    cost = None if config.cost is None else read_cost(config.cost)
+    cost = None if config.cost is None else _measured_cost(config.cost)
     question = Question(facts, device, config.gpus, config.flags, config.sizes, cost)
     search = Search(
         question,
@@ -90,3 +91,12 @@ def run(config: PlanConfig) -> None:
         print("\n".join([*report.premises, ""]))
         print(table(report.heads, report.rows))
         print("\n".join(["", *report.notes, "", *report.conclusion, "", report.command]))
+
+
+def _measured_cost(path: str) -> CostModel:
+    cost = read_cost(path)
+    if not cost.batch_s(BatchWork(num_decodes=1, num_decode_positions=1, num_draws=1)):
+        raise ConfigError(
+            f"cost={path}: a batch takes no time there; write it anew with toka-bench calibrate"
+        )
+    return cost
