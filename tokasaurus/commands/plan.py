@@ -42,7 +42,11 @@ class PlanConfig(WorkloadFlags):
         None, minimum=0, help="Of one device, in any currency.", adapts="no prices"
     )
     output: str = flag("table", choices=("table", "json"), help="What to print.")
-    simulations: int = flag(8, minimum=1, help="How many configurations are simulated, at most.")
+    simulations: int = flag(
+        8,
+        minimum=1,
+        help="How many configurations are simulated, at most, besides the engine's defaults.",
+    )
     max_s: float = flag(60.0, minimum=1, help="Seconds after which no simulation begins.")
     manager_ms: float = flag(
         0.5, minimum=0, help="A turn of the manager, while the device runs the batch before."

@@ -48,6 +48,7 @@ class Outcome:
 
     Attributes:
         cost: of a batch of a replica.
+        stages: of a replica's pipeline.
         bound: of a replica.
         simulated: None if it was not simulated.
         is_default: whether no limit was set, so that the engine takes its own.
@@ -99,7 +100,7 @@ class Search:
     Args:
         question: what to plan.
         demand: what it serves.
-        max_simulations: at most so many are simulated.
+        max_simulations: at most so many are simulated, besides the engine's defaults.
         max_s: and no new one begins after this number of seconds.
         manager_s: a turn of the manager.
         progress: is told what the search does.

@@ -196,7 +196,7 @@ def run(config: PeersConfig) -> None:
 
 
 def _adapted(config: PeersConfig) -> PeersConfig:
-    """The same, with what adapts to the device. Raises ConfigError if there is no such device."""
+    """The same, with what adapts to the device."""
     on_cuda = config.device == "cuda"
     return replace(
         config,
