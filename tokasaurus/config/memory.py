@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from tokasaurus.config.slices import MemoryItem, ModelFacts
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["Memory", "amount"]
+__all__ = ["DTYPE_BYTES", "Memory", "amount"]
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a number."""
 
 # Of a row of a quantized product, beside its numbers of one byte: its scale, and their sum.
 _QUANTIZED_ROW_BYTES = 8
@@ -292,7 +293,7 @@ class Memory:
 
     @property
     def _element_bytes(self) -> int:
-        return _DTYPE_BYTES[self.dtype]
+        return DTYPE_BYTES[self.dtype]
 
     @property
     def _for_weights(self) -> int:

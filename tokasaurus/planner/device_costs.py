@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokasaurus.config.memory import DTYPE_BYTES
 from tokasaurus.config.slices import ModelFacts
 from tokasaurus.planner.candidates import Candidate, Question
 from tokasaurus.planner.cost_model import CostModel
@@ -10,8 +11,6 @@ from tokasaurus.planner.estimate import Gpu, ModelShape, estimate
 from tokasaurus.planner.pipeline import ONE_STAGE, Stages
 
 __all__ = ["device_cost"]
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def device_cost(question: Question, candidate: Candidate) -> tuple[CostModel, Stages]:
@@ -27,11 +26,11 @@ def device_cost(question: Question, candidate: Candidate) -> tuple[CostModel, St
     facts, device, layout = question.facts, question.device, candidate.layout
     dtype = candidate.dtype
     gpu = _gpu(device, dtype, layout.tp_size * layout.pp_size > 1)
-    cost = estimate(_shape(facts, _BYTES[dtype]), gpu, layout.tp_size)
+    cost = estimate(_shape(facts, DTYPE_BYTES[dtype]), gpu, layout.tp_size)
     if layout.pp_size == 1:
         return cost, ONE_STAGE
     rows = candidate.manager.max_running / candidate.manager.num_lanes
-    hop_s = device.link_s + rows * facts.hidden_size * _BYTES[dtype] / device.link_bytes_per_s
+    hop_s = device.link_s + rows * facts.hidden_size * DTYPE_BYTES[dtype] / device.link_bytes_per_s
     return cost, Stages.equal(layout.pp_size, hop_s)
 
 
