@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -79,6 +80,29 @@ def test_a_trace_is_planned_and_its_broken_line_is_named(plan, tmp_path):
     status, _, err = plan(f"workload={path}", "device=h100")
     assert status == 2
     assert f"toka plan: error: workload={path}: line 3 of the trace: " in err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"url": "/v1/completions", "body": {"prompt": "Hi"}}', "line 1: custom_id must be a"),
+        ('{"promt": "Hi", "max_tokens": 5}', "line 1: the line is not a request: it must have"),
+        ('{"prompt_tokens": 5, "max_tokens": 5}', "line 1 of the trace: Object missing"),
+        ("workload", "line 1 of the trace: JSON is malformed"),
+        ("", "the trace is empty"),
+    ],
+)
+def test_a_first_line_that_is_wrong_is_taken_for_what_it_was_meant_as(
+    plan, tmp_path, line, message
+):
+    path = tmp_path / "requests.jsonl"
+    path.write_text(line)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL_DIR / name, tmp_path)
+    status, _, err = plan(f"workload={path}", "device=h100")
+    assert (status, err.startswith(f"toka plan: error: workload={path}: {message}")) == (2, True), (
+        err
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from tokasaurus import untrusted_json
 from tokasaurus.batch.lines import BadLine, parse_line
 from tokasaurus.batch.tables import requests_in
 from tokasaurus.config.engine import EngineConfig
@@ -22,17 +23,25 @@ from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["batch_demand", "is_batch_file"]
 
+_OF_TRACES = {"arrival_s", "prompt_tokens", "output_tokens"}  # fields that no request has
 _SAME_START = 16  # ids by which prompts are grouped that may share a prefix
 
 
 def is_batch_file(path: Path) -> bool:
-    """Whether a file has requests, not lines of a trace. A file that cannot be read has none."""
+    """Whether a file is meant to have requests, by its first line, and not lines of a trace.
+
+    A file that cannot be read has none.
+    """
     try:
         with path.open("rb") as file:
             first = next(requests_in(file, path), (0, None))[1]
     except OSError:
         return False
-    return first is not None and not isinstance(parse_line(1, first, None, OPERATIONS), BadLine)
+    try:
+        fields = untrusted_json.decode(first or b"")
+    except ValueError:
+        return False
+    return isinstance(fields, dict) and _OF_TRACES.isdisjoint(fields)
 
 
 def batch_demand(path: Path, facts: ModelFacts, output_tokens: int | None) -> Demand:
