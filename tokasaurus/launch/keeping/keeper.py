@@ -313,7 +313,6 @@ class Keeper:
         restart = self._restart
         if restart is None or engine is not self._current or restart.stage != "asking":
             return
-        engine.standing = standing
         refusal = standing.refusal
         if standing.has_new_weights and not any(w.startswith("model=") for w in restart.words):
             refusal = refusal or (
