@@ -187,22 +187,16 @@ def test_a_trace_that_its_client_does_not_sample_is_not_sent(traced):
 
 def test_lines_of_batches_have_traces_of_their_own(traced):
     engine, new = traced
-    client = engine.client()
     line = {
         "custom_id": "a",
         "method": "POST",
         "url": "/v1/completions",
         "body": {"prompt": "Once", "max_tokens": 2},
     }
-    file = client.files.create(file=json.dumps(line).encode(), purpose="batch")
-    batch = client.batches.create(
-        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
-    )
-    eventually(lambda: client.batches.retrieve(batch.id).status == "completed", "the batch")
-    output = client.files.content(client.batches.retrieve(batch.id).output_file_id).text
+    (answer,) = engine.answered_batch([line])
     (trace,) = new(1)
     check_parts(trace)
-    name = json.loads(output)["response"]["request_id"]
+    name = answer["response"]["request_id"]
     assert attributes_of(trace["request"])["tokasaurus.request_id"] == name
 
 
