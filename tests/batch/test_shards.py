@@ -270,6 +270,10 @@ def test_what_another_run_has_or_has_not_written_is_left_alone(tmp_path):
         ShardedJob(str(source), target, "other")
     with pytest.raises(ConfigError, match="not a directory"):
         ShardedJob(str(source), tmp_path / "no" / "out", "m")
+    with pytest.raises(ConfigError, match=r"a\.jsonl is a file, .* directory; choose another"):
+        ShardedJob(str(source), target / "a.jsonl", "m")
+    with pytest.raises(ConfigError, match="/proc/out cannot be made: "):
+        ShardedJob(str(source), Path("/proc/out"), "m")
 
 
 def test_parts_share_the_files_and_an_output(tmp_path):
