@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -15,13 +16,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import openai
 
 PROGRAM = (os.environ.get("ENGINE_PYTHON", sys.executable), "-m", "tokasaurus.entry")
 """The variable names another environment's Python, where tests of clients have none with torch."""
 
-_READY = re.compile(r" server .*ready: .* at https?://\S+:(\d+)/v1$", re.MULTILINE)
+# As text or as JSON.
+_READY = re.compile(r'[ "]server[ "].*ready: .* at https?://\S+:(\d+)/v1(?:"|$)', re.MULTILINE)
 
 
 def eventually(check: Callable[[], bool], what: object, timeout_s: float = 60.0) -> None:
@@ -98,6 +101,12 @@ class EngineProcess:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
+    def json_log(self, **fields: object) -> list[dict[str, Any]]:
+        """The lines of its log so far that have these fields, with ``log_format=json``."""
+        whole = [line for line in self.log.splitlines(keepends=True) if line.endswith("\n")]
+        lines = map(json.loads, whole)
+        return [line for line in lines if fields.items() <= line.items()]
+
     def client(self, **options: object) -> openai.OpenAI:
         return openai.OpenAI(api_key="none", base_url=f"{self.url}/v1", max_retries=0, **options)
 
@@ -124,6 +133,27 @@ class EngineProcess:
             assert time.monotonic() < deadline, f"toka is not ready:\n{self.log}"
             time.sleep(0.05)
         assert self.get("/health")[0] == 200
+
+    def begin_batch(self, lines: Sequence[dict[str, Any]]) -> str:
+        """Uploads lines for ``/v1/completions``, and starts their batch; returns its id."""
+        text = "\n".join(map(json.dumps, lines)).encode()
+        with self.client() as client:
+            file = client.files.create(file=("in.jsonl", text), purpose="batch")
+            return client.batches.create(
+                input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+            ).id
+
+    def answered_batch(self, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The lines of the output of a batch, when it is completed."""
+        batch_id = self.begin_batch(lines)
+        with self.client() as client:
+
+            def is_completed() -> bool:
+                return client.batches.retrieve(batch_id).status == "completed"
+
+            eventually(is_completed, "the batch")
+            output = client.batches.retrieve(batch_id).output_file_id
+            return [json.loads(line) for line in client.files.content(output).text.splitlines()]
 
     def child(self, role: str) -> int:
         """The process id of one role, which its log says at the start; of the latest one."""

@@ -139,12 +139,7 @@ class RunningBatch:
             }
             for name in self._ids
         ]
-        with engine.client() as client:
-            text = "\n".join(map(json.dumps, lines)).encode()
-            file = client.files.create(file=("in.jsonl", text), purpose="batch")
-            self.id = client.batches.create(
-                input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
-            ).id
+        self.id = engine.begin_batch(lines)
 
     def num_completed(self) -> int:
         with self._engine.client() as client:

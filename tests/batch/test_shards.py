@@ -192,6 +192,16 @@ def test_a_run_that_was_cut_off_continues_and_answers_no_file_twice(tmp_path):
     assert job.conclude() == []
 
 
+def test_lines_of_files_that_are_not_read_yet_are_estimated_by_size(tmp_path):
+    source = tmp_path / "in"
+    for number in range(20):  # of which 16 are read at once
+        write(source / f"{number:02}.jsonl", "a", "b", "c")
+    job = ShardedJob(str(source), tmp_path / "out", "m")
+    last = run(job, Engine(lives_for=0))
+    job.store.close()
+    assert (last.counts.total, last.is_estimate, last.files) == (60, True, (0, 20))
+
+
 def test_a_deleted_output_is_made_again_and_a_changed_input_is_refused(tmp_path):
     source, target = tmp_path / "in", tmp_path / "out"
     write(source / "a.jsonl", "a")
@@ -270,6 +280,10 @@ def test_what_another_run_has_or_has_not_written_is_left_alone(tmp_path):
         ShardedJob(str(source), target, "other")
     with pytest.raises(ConfigError, match="not a directory"):
         ShardedJob(str(source), tmp_path / "no" / "out", "m")
+    with pytest.raises(ConfigError, match=r"a\.jsonl is a file, .* directory; choose another"):
+        ShardedJob(str(source), target / "a.jsonl", "m")
+    with pytest.raises(ConfigError, match="/proc/out cannot be made: "):
+        ShardedJob(str(source), Path("/proc/out"), "m")
 
 
 def test_parts_share_the_files_and_an_output(tmp_path):

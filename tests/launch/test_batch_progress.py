@@ -99,7 +99,8 @@ def test_a_price_may_be_one_or_two():
     [
         ("in.jsonl out.jsonl part=0/2", "part=0/2 is for a directory or a pattern"),
         ("in out part=2/2", "part=2/2: expected I/N"),
-        ("s3://bucket/in out", "is a URL; set launcher=ray"),
+        ("s3://bucket/in out", "s3://bucket/in is a URL; set launcher=ray"),
+        ("in s3://bucket/out", "s3://bucket/out is a URL; set launcher=ray"),
         ("in out", "has no files"),
         ("in/*.jsonl out", "has no files"),
         ("in out price_per_millon=1", "the nearest is 'price_per_million'"),

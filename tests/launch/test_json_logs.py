@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 
 import pytest
-from engine_process import eventually, started
+from engine_process import eventually, running
 
 pytestmark = pytest.mark.engine
 
 FLAGS = ("log_format=json", "kv_cache_num_tokens=4096", "cpu_threads=1", "max_seqs_per_forward=16")
 
 
-def lines_of(engine):
-    """The lines of the log so far; the last one may be incomplete."""
-    return [json.loads(line) for line in engine.log.splitlines(keepends=True) if line[-1:] == "\n"]
-
-
-def ready_port(engine):
-    assert engine.process.poll() is None, engine.log
-    ready = [line for line in lines_of(engine) if line["message"].startswith("ready: ")]
-    if ready:
-        engine._port = int(ready[0]["message"].rsplit(":", 1)[1].removesuffix("/v1"))
-    return bool(ready)
-
-
 def test_every_line_of_every_process_is_json(tmp_path):
-    with started(tmp_path, *FLAGS, "server_processes=2") as engine:
-        eventually(lambda: ready_port(engine), "ready")
+    with running(tmp_path, *FLAGS, "server_processes=2") as engine:
         engine.get("/health")
         engine.client().completions.create(
             model="m", prompt="Once", max_tokens=2, extra_headers={"X-Request-Id": "mine/7"}
         )
 
         def access_lines():
-            return [line for line in lines_of(engine) if "status" in line]
+            return [line for line in engine.json_log() if "status" in line]
 
         eventually(access_lines, "a line for the request")
         (line,) = access_lines()
@@ -44,16 +29,15 @@ def test_every_line_of_every_process_is_json(tmp_path):
         assert (line["path"], line["status"]) == ("/v1/completions", 200)
         assert line["request_id"] == "mine/7"
         engine.stop()
-        processes = {line["process"] for line in lines_of(engine)}
+        processes = {line["process"] for line in engine.json_log()}
         assert processes >= {"server", "http-1", "http-2", "manager", "worker"}
 
 
 def test_a_process_that_dies_leaves_one_line_that_says_how(tmp_path):
-    with started(tmp_path, *FLAGS) as engine:
-        eventually(lambda: ready_port(engine), "ready")
-        (worker,) = {line["pid"] for line in lines_of(engine) if line["process"] == "worker"}
+    with running(tmp_path, *FLAGS) as engine:
+        (worker,) = {line["pid"] for line in engine.json_log(process="worker")}
         os.kill(worker, signal.SIGKILL)
         assert engine.wait_exit() == 1
-        last = lines_of(engine)[-1]
+        last = engine.json_log()[-1]
         assert last["level"] == "CRITICAL"
         assert last["message"].startswith("the worker ended: killed by SIGKILL")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from engine_process import eventually, started
+from engine_process import eventually, running
 
 pytestmark = pytest.mark.engine
 
@@ -18,24 +16,9 @@ FLAGS = (
 )
 
 
-def lines_of(engine, **fields):
-    """The lines of the log so far that have these fields; the last one may be incomplete."""
-    lines = [json.loads(line) for line in engine.log.splitlines(keepends=True) if line[-1:] == "\n"]
-    return [line for line in lines if fields.items() <= line.items()]
-
-
-def ready_port(engine):
-    assert engine.process.poll() is None, engine.log
-    ready = [line for line in lines_of(engine) if line["message"].startswith("ready: ")]
-    if ready:
-        engine._port = int(ready[0]["message"].rsplit(":", 1)[1].removesuffix("/v1"))
-    return bool(ready)
-
-
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_all_processes_name_a_request_alike(tmp_path, num_processes):
-    with started(tmp_path, *FLAGS, f"server_processes={num_processes}") as engine:
-        eventually(lambda: ready_port(engine), "ready")
+    with running(tmp_path, *FLAGS, f"server_processes={num_processes}") as engine:
         engine.client().completions.create(
             model="m", prompt="Once", max_tokens=2, extra_headers={"X-Request-Id": "mine/7"}
         )
@@ -44,7 +27,7 @@ def test_all_processes_name_a_request_alike(tmp_path, num_processes):
             names |= {"http-1"}
 
         def processes():
-            found = {line["process"] for line in lines_of(engine, request_id="mine/7")}
+            found = {line["process"] for line in engine.json_log(request_id="mine/7")}
             return {"http-1" if name == "http-2" else name for name in found}
 
         eventually(lambda: processes() == names, names)
@@ -54,20 +37,13 @@ def test_all_processes_name_a_request_alike(tmp_path, num_processes):
 
 def check_batch(engine):
     """The request id in the output of a batch leads to the lines of the log."""
-    client = engine.client()
     line = {
         "custom_id": "first one",
         "method": "POST",
         "url": "/v1/completions",
         "body": {"prompt": "Once", "max_tokens": 2},
     }
-    file = client.files.create(file=json.dumps(line).encode(), purpose="batch")
-    batch = client.batches.create(
-        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
-    )
-    eventually(lambda: client.batches.retrieve(batch.id).status == "completed", "the batch")
-    output = client.batches.retrieve(batch.id).output_file_id
-    name = json.loads(client.files.content(output).text)["response"]["request_id"]
-    found = lines_of(engine, request_id=name)
+    (answer,) = engine.answered_batch([line])
+    found = engine.json_log(request_id=answer["response"]["request_id"])
     assert {line["process"] for line in found} == {"server", "manager", "worker"}
     assert any("'first one'" in line["message"] for line in found)

@@ -166,3 +166,17 @@ def test_the_new_engine_takes_the_place_of_one_that_dies_meanwhile(tmp_path):
         assert asking.returncode == 0
         engine.signal(signal.SIGTERM)
         assert engine.wait_exit(30) == 0
+
+
+@pytest.mark.long
+def test_the_status_is_that_of_the_engine_that_has_served(tmp_path):
+    """It died. That its successor has a wrong flag, status 2, would keep systemd from a start."""
+    with running(tmp_path, *SMALL) as engine:
+        asking = begin_restart(engine, "prot=1")
+        new = new_process(asking)
+        os.kill(new, signal.SIGSTOP)
+        os.kill(engine.child("server"), signal.SIGKILL)
+        eventually(lambda: "the new engine takes its place" in engine.log, "the death is seen")
+        os.kill(new, signal.SIGCONT)
+        assert "unknown flag 'prot'" in asking.communicate(timeout=60)[1]
+        assert engine.wait_exit(30) == 1

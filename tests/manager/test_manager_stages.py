@@ -25,6 +25,16 @@ def test_a_request_that_waits_is_admitted_when_it_runs():
     assert world.stages[2] == [Stage.ADMITTED, Stage.FIRST_TOKEN]
 
 
+def test_a_first_token_is_reported_when_the_batch_that_draws_it_has_run():
+    world = World(make_config(max_tokens_per_forward=24))
+    world.turn(make_request(1, prompt(40), 6, report_stages=True))  # a prompt of two batches
+    for num_results in (0, 0, 1):
+        world.turn(num_results=num_results)
+        assert world.stages[1] == [Stage.ADMITTED]
+    world.turn(num_results=1)
+    assert world.stages[1] == [Stage.ADMITTED, Stage.FIRST_TOKEN]
+
+
 def test_a_request_that_is_aborted_before_its_first_token_has_none():
     world = World(make_config())
     world.turn(make_request(1, prompt(9), 6, report_stages=True))

@@ -51,7 +51,8 @@ class ShardedJob:
     Raises:
         ConfigError: one of these:
 
-            - there are no requests, or the target's parent does not exist;
+            - there are no requests;
+            - the target is a file, or cannot be made;
             - an output exists already, and no run has written it;
             - a file or the model has changed since an earlier run;
             - another process works on the same target and part;
@@ -66,7 +67,15 @@ class ShardedJob:
             raise ConfigError(f"{target.parent} is not a directory")
         if any(is_parquet(shard.target) for shard in self.shards):
             load_pyarrow()
-        target.mkdir(exist_ok=True)
+        if target.exists() and not target.is_dir():
+            raise ConfigError(
+                f"{target} is a file, and the answers to several files go to a directory; choose"
+                " another output"
+            )
+        try:
+            target.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{target} cannot be made: {error.strerror}") from None
         name = "_toka-batch" if part is None else f"_toka-batch-{part.index}-of-{part.count}"
         self.directory = target / name
         self.store = JobStore(self.directory)

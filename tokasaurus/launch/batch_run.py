@@ -99,15 +99,15 @@ def _run(words: list[str], environment: Mapping[str, str]) -> int:
     for name in unused_flags(config, "toka-batch"):
         print(f"toka-batch: warning: {name} has no effect without a server", file=sys.stderr)
     source, target = names
-    is_remote = "://" in source
     part = None if config.part is None else read_part(config.part)
-    if is_remote and config.launcher != "ray":
-        raise ConfigError(f"{source} is a URL; set launcher=ray, which reads those")
+    urls = [name for name in names if "://" in name]
+    if urls and config.launcher != "ray":
+        raise ConfigError(f"{urls[0]} is a URL; set launcher=ray, which reads and writes those")
     if part is not None and (config.launcher == "ray" or not names_several(source)):
         raise ConfigError(
             f"part={config.part} is for a directory or a pattern of files, without launcher=ray"
         )
-    if is_remote or (config.launcher == "ray" and Path(source).is_dir()):
+    if source in urls or (config.launcher == "ray" and Path(source).is_dir()):
         from tokasaurus.integrations.ray.batches import run_directory
 
         return run_directory(config.engine, source, target, config.prices)

@@ -1,8 +1,8 @@
 """Which request the code that runs at the moment serves, so that its log lines can say so.
 
-A request has one name in every process: the client's ``X-Request-Id`` or one made for it, or
-``BATCH/CUSTOM_ID`` for a line of a batch. In the process that answers it, the name belongs to the
-task and to the threads that work for it. Other processes read it in messages.
+A request has one name in every process: the client's ``X-Request-Id`` or one made for it, as for
+every line of a batch. In the process that answers it, the name belongs to the task and to the
+threads that work for it. Other processes read it in messages.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from tokasaurus.launch.keeping.notes import Begin, End, EngineLink, Standing
+from tokasaurus.launch.keeping.notes import Begin, End, EngineLink
 from tokasaurus.launch.process import how_it_ended
 
 __all__ = ["EngineProcess", "start_engine"]
@@ -26,7 +26,6 @@ class EngineProcess:
         started_at: as ``time.monotonic`` counts.
         timeout_s: its ``restart_timeout_s``; None until it reads notes.
         serves: it answers clients.
-        standing: what it has said last when a restart was wanted.
         reason: why it cannot serve, as it has said before its end.
     """
 
@@ -37,7 +36,6 @@ class EngineProcess:
     started_at: float = field(default_factory=time.monotonic)
     timeout_s: float | None = None
     serves: bool = False
-    standing: Standing | None = None
     reason: str | None = None
 
     def end(self) -> None:

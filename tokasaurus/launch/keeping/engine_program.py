@@ -24,7 +24,7 @@ def main() -> int:
         begin = link.receive_first()
     except NotUnderstood:
         begin = None
-    if begin is None or not isinstance(begin, Begin) or begin.language != LANGUAGE:
+    if not isinstance(begin, Begin) or begin.language != LANGUAGE:
         link.send(CannotServe("toka runs another version; stop it, and start it again"))
         return 2
     from tokasaurus.launch.engine_run import run_below

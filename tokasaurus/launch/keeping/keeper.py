@@ -208,8 +208,6 @@ class Keeper:
             sweep()  # its directory
         if engine is self._successor:
             self._successor = None
-            if self._current is None:
-                self._end_with(engine, status)
             self._fail(f"the new engine cannot serve: {how}")
         elif engine is self._retiring:
             self._retiring = None
@@ -220,21 +218,20 @@ class Keeper:
                 return
             text = "the new engine serves, and the old one has ended"
             self._finish(text if not status else f"{text}: {how}")
-        elif self._successor is not None and not self._is_ending:
-            log.error("engine %d ended: %s; the new engine takes its place", engine.number, how)
-            self._current = None
         else:
             self._current = None
             self._end_with(engine, status)
 
     def _end_with(self, engine: EngineProcess, status: int) -> None:
-        """Ends with the status of the engine that served last."""
+        """Ends with the status of this engine, unless another serves after it."""
         self._status = status
-        if status < 0 and self._is_ending:
-            self._status = _INTERRUPTED
-        elif status < 0:
-            self._status = 1
-            log.error("engine %d ended: %s", engine.number, engine.how_it_ended)
+        if status < 0:
+            self._status = _INTERRUPTED if self._is_ending else 1
+        how = engine.how_it_ended
+        if self._successor is not None and not self._is_ending:
+            log.error("engine %d ended: %s; the new engine takes its place", engine.number, how)
+        elif status < 0 and not self._is_ending:
+            log.error("engine %d ended: %s", engine.number, how)
         if self._retiring is not None:
             log.error("the old engine finishes its requests, and then toka ends")
 
@@ -313,7 +310,6 @@ class Keeper:
         restart = self._restart
         if restart is None or engine is not self._current or restart.stage != "asking":
             return
-        engine.standing = standing
         refusal = standing.refusal
         if standing.has_new_weights and not any(w.startswith("model=") for w in restart.words):
             refusal = refusal or (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import selectors
-import shutil
 import socket
 import subprocess
 import threading
@@ -22,7 +21,7 @@ import msgspec
 
 from tokasaurus.config.slices import EngineSlices
 from tokasaurus.errors import ConfigError, LaunchError, ModelError, TokasaurusError
-from tokasaurus.launch.leftovers import own_directory, sweep
+from tokasaurus.launch.leftovers import own_directory, remove_directory, sweep
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline
 from tokasaurus.launch.machine import look_here
 from tokasaurus.launch.model_files import find_model
@@ -115,8 +114,7 @@ class Outpost:
         try:
             self._run(self._call(patience_s))
         finally:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            owner.close()
+            remove_directory(self._directory, owner)
 
     def _run(self, link: Link) -> None:
         self._send(link, Joined(self._index, socket.gethostname(), __version__))
