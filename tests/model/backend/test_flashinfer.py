@@ -36,6 +36,8 @@ from tokasaurus.model.backend.base import (
 from tokasaurus.model.backend.flashinfer.backend import FlashInferBackend
 from tokasaurus.model.backend.flashinfer.wrappers import Wrappers
 from tokasaurus.model.backend.reference import ReferenceBackend
+from tokasaurus.model.backend.triton import backend as triton_backend
+from tokasaurus.model.backend.triton.backend import TritonBackend
 from tokasaurus.model.float8 import E4M3
 from tokasaurus.rounding import ceil_div
 
@@ -177,6 +179,24 @@ def test_keys_and_values_may_be_in_e4m3():
             assert cache.keys[0].dtype == E4M3
         with named(seed):
             torch.testing.assert_close(*outputs, atol=0.005, rtol=0.005)
+
+
+def test_flashinfer_appends_where_triton_runs_but_does_not_round_to_e4m3(monkeypatch):
+    monkeypatch.setattr(TritonBackend, "why_not", classmethod(lambda *_: None))
+    monkeypatch.setattr(triton_backend, "is_interpreted", lambda: False)
+    table = torch.zeros(4, 4, dtype=torch.int32)
+    for capability, kept_dtype, is_appended in (
+        ((8, 0), None, False),
+        ((8, 0), E4M3, True),
+        ((8, 9), E4M3, False),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        cache = make_cache(4, 16, 1, 64, torch.float16, kept_dtype=kept_dtype)
+        with named((capability, kept_dtype)):
+            backend = FlashInferBackend(cache, 2)
+            assert (backend._shape is None) == is_appended
+            if is_appended:
+                assert backend.graph_plan(2, table, 64) is None
 
 
 def test_sequences_of_no_rows_and_of_one_position_pass():

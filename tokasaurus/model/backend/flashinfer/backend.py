@@ -93,11 +93,18 @@ class FlashInferBackend:
         self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
     ) -> None:
         self._cache = cache
-        self._heads = ModelHeads(num_heads, cache.num_kv_heads, cache.head_dim, cache.heads_dtype)
+        self._heads = ModelHeads(
+            num_heads,
+            cache.num_kv_heads,
+            cache.head_dim,
+            cache.heads_dtype,
+            cache.dtype if cache.is_narrow else None,
+        )
         self._library = import_library()
         self._wrappers = Wrappers(self._library, self._heads, cache.dtype, cache.keys[0].device)
-        # None where Triton does not run.
-        self._shape = None if _lacks_triton(options) else _shape(self._heads, cache.page_size)
+        # None where Triton does not run, or cannot write to this cache.
+        is_stored = not _lacks_triton(options) and TritonBackend.why_not_model(self._heads) is None
+        self._shape = _shape(self._heads, cache.page_size) if is_stored else None
         if options.use_groups is None:
             self._costs = _group_bytes(self._heads, cache.dtype)
         else:

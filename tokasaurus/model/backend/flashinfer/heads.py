@@ -1,7 +1,7 @@
 """Norms and rotates the heads of a batch, and appends keys and values to their pages.
 
-Where Triton runs, a kernel of ours does all of it at once. Otherwise torch norms and rotates, and
-FlashInfer appends.
+Where Triton runs and can write to the cache, a kernel of ours does all of it at once. Otherwise
+torch norms and rotates, and FlashInfer appends.
 """
 
 from __future__ import annotations
