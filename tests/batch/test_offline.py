@@ -156,6 +156,8 @@ def test_a_job_that_cannot_run_is_refused(tmp_path):
     other.touch()
     with pytest.raises(ConfigError, match="exists already"):
         OfflineJob(source, other, "m")
+    with pytest.raises(ConfigError, match="is a directory; name a file in it"):
+        OfflineJob(source, tmp_path, "m")
 
 
 def test_a_wrong_command_line_is_refused(capsys, tmp_path, monkeypatch):

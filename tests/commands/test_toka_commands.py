@@ -57,7 +57,12 @@ def test_an_error_of_a_command_names_it(toka):
 
 
 def test_another_word_is_not_taken_for_a_command(toka):
-    assert toka("plam") == (2, "", "toka: error: 'plam': expected key=value, perhaps model=plam\n")
+    error = "toka: error: {!r}: expected key=value, perhaps {}\n"
+    for word, guess in (
+        ("plam", "the command toka plan"),
+        ("restrat", "the command toka restart"),
+        ("qwen", "model=qwen"),
+    ):
+        assert toka(word) == (2, "", error.format(word, guess))
     # Only the first word names a command.
-    status, _, err = toka("port=0", "plan")
-    assert (status, err) == (2, "toka: error: 'plan': expected key=value, perhaps model=plan\n")
+    assert toka("port=0", "plan") == (2, "", error.format("plan", "the command toka plan"))

@@ -89,6 +89,8 @@ class OfflineJob:
             raise ConfigError(f"{source} is not a file")
         if not target.parent.is_dir():
             raise ConfigError(f"{target.parent} is not a directory")
+        if target.is_dir():
+            raise ConfigError(f"{target} is a directory; name a file in it, for the answers")
         exists_already = ConfigError(f"{target} exists already; delete it or choose another name")
         if target.exists() and not self.directory.exists():
             raise exists_already

@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar
 
 from tokasaurus.config.builder import Builder, Texts
 from tokasaurus.config.schema import Schema, UnknownFlag
+from tokasaurus.config.suggestions import nearest
 from tokasaurus.config.values import BadValue, read_text
 
 __all__ = ["Reader"]
@@ -94,6 +95,8 @@ class Reader(Generic[C]):
             guess = f"{token}=T"
         elif "." not in token and not self._scopes and self._is_known(token):
             guess = f"{token}=..."
+        elif (command := nearest(token, self._schema.commands)) is not None:
+            guess = f"the command {self._schema.program} {command}"
         else:
             first = min(self._schema, key=lambda flag: not flag.required).name
             guess = f"{first}={token}"
