@@ -18,9 +18,12 @@ __all__ = [
     "DenseOracle",
     "add_prefill",
     "attend",
+    "filled_cache",
     "grouped_decodes",
     "large_group",
     "make_cache",
+    "random_decodes",
+    "random_heads",
     "random_steps",
     "random_world",
 ]
@@ -54,6 +57,20 @@ def make_cache(
     for tensor in cache.keys + cache.values:
         tensor.fill_(torch.nan)
     return cache
+
+
+def filled_cache(*arguments, **options):
+    """A cache of random numbers; the arguments are those of ``make_cache``."""
+    cache = make_cache(*arguments, **options)
+    for tensor in cache.keys + cache.values:
+        tensor.normal_()
+    return cache
+
+
+def random_heads(num_rows, num_heads, num_kv_heads, head_dim, dtype):
+    """Queries, keys and values, [rows, heads, head_dim] each."""
+    heads = torch.randn(num_rows, num_heads + 2 * num_kv_heads, head_dim).to(dtype)
+    return heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
 
 
 def attend(backend, rows, query, key, value, layer=0):
@@ -111,6 +128,20 @@ def random_steps(rng, num_sequences, num_steps, page_size):
             [np.arange(lengths[s] - n, lengths[s]) for s, n in zip(slots, counts, strict=True)]
         ).astype(np.int32)
         yield SequenceRows(slots, starts, lengths[slots], positions, page_table)
+
+
+def random_decodes(rng, page_table, page_size=16):
+    """One to six decodes of random lengths, over a page table of 8 slots."""
+    count = int(rng.integers(1, 7))
+    lengths = rng.integers(1, page_table.shape[1] * page_size + 1, count).astype(np.int32)
+    return SequenceRows(
+        slots=rng.permutation(8)[:count].astype(np.int32),
+        query_starts=np.arange(count + 1, dtype=np.int32),
+        kv_lengths=lengths,
+        positions=lengths - 1,
+        page_table=page_table,
+        num_decodes=count,
+    )
 
 
 HEADS = [  # num_heads, num_kv_heads, head_dim

@@ -707,6 +707,7 @@ def test_shared_prefixes_are_offered_unless_they_are_switched_off():
 def test_determinism_that_cannot_be_is_refused_and_otherwise_explained():
     for flags, obstacle in (
         ({"attention": "reference"}, "attention=reference"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
         ({"torch_compile": True}, "torch_compile=T"),
         ({"device": "cuda"}, "device=cuda"),
     ):

@@ -163,6 +163,21 @@ def test_show_memory_refuses_what_does_not_fit_and_a_model_that_is_elsewhere(tmp
     assert "model=org/elsewhere is not here yet" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("attention", ["flashinfer", "triton"])
+def test_attention_that_a_device_cannot_run_is_refused_before_anything_starts(
+    tmp_path, capsys, monkeypatch, attention
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    path = make_checkpoint(tmp_path / "model", "llama")
+    flags = [f"model={path}", "device=cpu", f"attention={attention}"]
+    reason = f"attention={attention} does not run on device=cpu: set compiled or reference"
+    assert run([*flags, "--show-memory"], {}) == 2
+    assert reason in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run([*flags, "--show"], {})
+    assert capsys.readouterr().out.splitlines()[-1] == f"# error: {reason}"
+
+
 def test_dummy_weights_are_planned_from_config_json_alone(tmp_path, monkeypatch):
     path = make_checkpoint(tmp_path / "model", "llama", tied=True)
     (path / "model.safetensors").unlink()

@@ -21,6 +21,11 @@ def check_determinism(config: EngineConfig, device: str) -> str | None:
         return (
             f"attention={config.attention} lets results depend on the batch; set attention=compiled"
         )
+    if config.kv_cache_dtype != "auto":
+        return (
+            f"kv_cache_dtype={config.kv_cache_dtype} takes attention=reference, which lets results"
+            " depend on the batch; leave it out"
+        )
     return None
 
 

@@ -42,7 +42,7 @@ def explain(config: EngineConfig) -> list[str]:
     if model is None:
         return [f"model={config.model} is not here yet; it decides dtype and memory"]
     try:
-        slices = _resolve(config, model)
+        slices = _resolve_for_question(config, model)
     except (ConfigError, ModelError) as error:
         return [f"error: {line}" for line in str(error).splitlines()]
     plans = [slices.dtype_plan, slices.memory_plan.line, slices.determinism_plan]
@@ -62,7 +62,20 @@ def show_memory(config: EngineConfig) -> str:
         raise ConfigError(
             f"model={config.model} is not here yet, and its size decides; download it first"
         )
-    return memory_table(_resolve(config, model).memory_plan)
+    return memory_table(_resolve_for_question(config, model).memory_plan)
+
+
+def _resolve_for_question(config: EngineConfig, model: Path) -> EngineSlices:
+    """As the workers will find it: they refuse attention that their device cannot run."""
+    slices = _resolve(config, model)
+    if config.attention != "auto":
+        # The import of torch is slow, and an engine's first process does without.
+        import torch
+
+        from tokasaurus.model.backend import backend_named
+
+        backend_named(config.attention, torch.device(slices.memory_plan.device))
+    return slices
 
 
 def _resolve(config: EngineConfig, model: Path, devices: Devices | None = None) -> EngineSlices:

@@ -15,14 +15,20 @@ import pytest
 import torch
 from attention_batches import (
     CPU,
-    DenseOracle,
     add_prefill,
     attend,
     grouped_decodes,
     large_group,
     make_cache,
-    random_steps,
+    random_heads,
     random_world,
+)
+from attention_checks import (
+    check_empty_sequences,
+    check_first_member,
+    check_large_group,
+    check_nested_groups,
+    check_prompts_and_decodes,
 )
 from rows import named
 
@@ -36,8 +42,9 @@ from tokasaurus.model.backend.base import (
 from tokasaurus.model.backend.flashinfer.backend import FlashInferBackend
 from tokasaurus.model.backend.flashinfer.wrappers import Wrappers
 from tokasaurus.model.backend.reference import ReferenceBackend
+from tokasaurus.model.backend.triton import backend as triton_backend
+from tokasaurus.model.backend.triton.backend import TritonBackend
 from tokasaurus.model.float8 import E4M3
-from tokasaurus.rounding import ceil_div
 
 DTYPES = [(torch.float32, 2e-5), (torch.float16, 0.005), (torch.bfloat16, 0.04)]
 SHAPES = [  # num_heads, num_kv_heads, head_dim, page_size
@@ -56,57 +63,18 @@ def library(monkeypatch):
     monkeypatch.setattr(stand_in, "DTYPES", [*stand_in.DTYPES, torch.float32])
 
 
-def random_heads(num_rows, num_heads, num_kv_heads, head_dim, dtype):
-    heads = torch.randn(num_rows, num_heads + 2 * num_kv_heads, head_dim).to(dtype)
-    return heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-
-
-def filled_cache(*arguments, **options):
-    cache = make_cache(*arguments, **options)
-    for tensor in cache.keys + cache.values:
-        tensor.normal_()
-    return cache
-
-
 def test_prompts_and_decodes_match_dense_attention():
-    """The cache is full of NaN where nothing was written."""
     for dtype, tolerance in DTYPES:
-        for num_heads, num_kv_heads, head_dim, page_size in SHAPES:
-            torch.manual_seed(0)
-            num_pages = 3 * ceil_div(200, page_size)
-            cache = make_cache(num_pages, page_size, num_kv_heads, head_dim, dtype)
-            backend, oracle = FlashInferBackend(cache, num_heads), DenseOracle()
-            for rows in random_steps(np.random.default_rng(num_heads), 3, 4, page_size):
-                parts = random_heads(len(rows.positions), num_heads, num_kv_heads, head_dim, dtype)
-                expected = oracle.attend(rows, *parts)
-                with named((dtype, num_heads, num_kv_heads, head_dim, page_size)):
-                    output = attend(backend, rows, *parts).double()
-                    torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+        check_prompts_and_decodes(FlashInferBackend, SHAPES, dtype, tolerance)
 
 
 def test_random_nested_groups_match_the_reference():
-    """And the same batch without them."""
     num_grouped = num_apart = 0
     for dtype, tolerance in DTYPES:
-        for seed in range(12):
-            num_heads, num_kv_heads, head_dim, _ = SHAPES[seed % len(SHAPES)]
-            page_size = (16, 20, 8)[seed % 3]
-            plain, grouped, _ = random_world(np.random.default_rng(seed), page_size)
-            torch.manual_seed(seed)
-            cache = filled_cache(plain.page_table.numel(), page_size, num_kv_heads, head_dim, dtype)
-            backend = FlashInferBackend(cache, num_heads)
-            parts = random_heads(len(plain.positions), num_heads, num_kv_heads, head_dim, dtype)
-            with named((dtype, seed)):
-                output = attend(backend, grouped, *parts)
-                num_grouped += sum(backend.grouped_rows)
-                reference = ReferenceBackend(cache, num_heads)
-                expected = attend(reference, grouped, *parts)
-                assert backend.grouped_rows == reference.grouped_rows
-                torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
-                alone = attend(backend, plain, *parts)
-                assert sum(backend.grouped_rows) == 0
-                torch.testing.assert_close(alone, expected, atol=tolerance, rtol=tolerance)
-            levels = backend.plan(grouped)._levels
+        checked = check_nested_groups(FlashInferBackend, SHAPES, 12, dtype, tolerance)
+        for backend, rows, count in checked:
+            num_grouped += count
+            levels = backend.plan(rows)._levels
             num_apart += sum(isinstance(level.rows, torch.Tensor) for level in levels)
     assert num_grouped > 100
     assert num_apart > 10
@@ -115,32 +83,12 @@ def test_random_nested_groups_match_the_reference():
 def test_a_large_group_changes_no_result():
     """Its rows follow each other, so nothing is gathered."""
     for dtype, tolerance in DTYPES:
-        torch.manual_seed(1)
-        cache = filled_cache(60, 16, 1, 64, dtype)
-        backend = FlashInferBackend(cache, 3)
-        plain, grouped = large_group(40, 20, 16)
-        parts = random_heads(40, 3, 1, 64, dtype)
-        expected = attend(backend, plain, *parts)
-        with named(dtype):
-            output = attend(backend, grouped, *parts)
-            assert backend.grouped_rows.num_decodes == 40
-            torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
-    assert [level.rows for level in backend.plan(grouped)._levels] == [slice(0, 40)]
+        backend, rows = check_large_group(FlashInferBackend, dtype, tolerance)
+        assert [level.rows for level in backend.plan(rows)._levels] == [slice(0, 40)]
 
 
 def test_a_group_reads_its_prefix_through_its_first_member():
-    """Reading it through another member's page table would show: their entries are broken."""
-    plain, grouped = grouped_decodes(np.random.default_rng(3), 16)
-    cache = filled_cache(9 * 8, 16, 1, 64)
-    parts = random_heads(9, 2, 1, 64, torch.float32)
-    backend = FlashInferBackend(cache, 2)
-    expected = attend(backend, plain, *parts)
-    broken = plain.page_table.clone()
-    broken[plain.slots[3], 0] = broken[plain.slots[0], 0]
-    output = attend(backend, replace(plain, page_table=broken), *parts)
-    assert (output[3] - expected[3]).abs().max() > 1e-3
-    output = attend(backend, replace(grouped, page_table=broken), *parts)
-    torch.testing.assert_close(output, expected, atol=2e-5, rtol=2e-5)
+    check_first_member(FlashInferBackend)
 
 
 def test_groups_that_save_no_bytes_are_not_taken():
@@ -179,23 +127,26 @@ def test_keys_and_values_may_be_in_e4m3():
             torch.testing.assert_close(*outputs, atol=0.005, rtol=0.005)
 
 
+def test_flashinfer_appends_where_triton_runs_but_does_not_round_to_e4m3(monkeypatch):
+    monkeypatch.setattr(TritonBackend, "why_not", classmethod(lambda *_: None))
+    monkeypatch.setattr(triton_backend, "is_interpreted", lambda: False)
+    table = torch.zeros(4, 4, dtype=torch.int32)
+    for capability, kept_dtype, is_appended in (
+        ((8, 0), None, False),
+        ((8, 0), E4M3, True),
+        ((8, 9), E4M3, False),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        cache = make_cache(4, 16, 1, 64, torch.float16, kept_dtype=kept_dtype)
+        with named((capability, kept_dtype)):
+            backend = FlashInferBackend(cache, 2)
+            assert (backend._shape is None) == is_appended
+            if is_appended:
+                assert backend.graph_plan(2, table, 64) is None
+
+
 def test_sequences_of_no_rows_and_of_one_position_pass():
-    cache = make_cache(4, 16, 2, 64)
-    rows = SequenceRows(
-        slots=np.array([2, 0, 1], np.int32),
-        query_starts=np.array([0, 0, 1, 1], np.int32),
-        kv_lengths=np.array([0, 1, 0], np.int32),
-        positions=np.zeros(1, np.int32),
-        page_table=torch.arange(4, dtype=torch.int32)[:, None],
-    )
-    parts = random_heads(1, 4, 2, 64, torch.float32)
-    output = attend(FlashInferBackend(cache, 4), rows, *parts)
-    # With a single key the output is its value.
-    torch.testing.assert_close(output, parts[2].repeat_interleave(2, dim=1))
-    empty = np.zeros(0, np.int32)
-    nothing = SequenceRows(empty, np.zeros(1, np.int32), empty, empty, rows.page_table)
-    parts = random_heads(0, 4, 2, 64, torch.float32)
-    assert attend(FlashInferBackend(cache, 4), nothing, *parts).shape == (0, 4, 64)
+    check_empty_sequences(FlashInferBackend)
 
 
 def test_heads_are_normed_rotated_and_stored_as_the_reference_does():

@@ -10,10 +10,9 @@ import sys
 import flashinfer_stand_in as stand_in
 import pytest
 import torch
+from attention_checks import check_greedy_tokens, check_same_samples, count_groups
 from checkpoints import VOCAB_SIZE
-from oracle import assert_greedy, reference_generate
 from rows import named
-from worker_driver import generate, make_driver
 
 from tokasaurus import LLM, SamplingParams
 from tokasaurus.errors import ConfigError
@@ -142,16 +141,7 @@ def on_cpu(monkeypatch):
 
 
 def test_greedy_tokens_are_those_of_transformers(checkpoint, on_cpu):
-    """After chunked prefill and paged decode over shuffled pages."""
-    prompt = [random.Random(0).randrange(VOCAB_SIZE) for _ in range(90)]
-    for architecture, heads in (("llama", (6, 2)), ("qwen3", (3, 1))):
-        num_heads, num_kv_heads = heads
-        path = checkpoint(architecture, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=64)
-        driver = make_driver(path, attention="flashinfer")
-        ids, logprobs = generate(driver, prompt, 12, chunk=37)
-        with named(architecture):
-            assert_greedy(path, prompt, ids, logprobs)
-            assert ids == reference_generate(path, prompt, 12)
+    check_greedy_tokens(checkpoint, "flashinfer")
 
 
 @pytest.mark.engine
@@ -161,15 +151,7 @@ def test_an_engine_with_shared_prefixes_draws_the_tokens_of_the_reference(
     path = checkpoint("llama", num_heads=4, num_kv_heads=2, head_dim=64)
     header = [random.Random(1).randrange(VOCAB_SIZE) for _ in range(60)]
     prompts = [[*header, number, 7] for number in range(3)]
-    grouped = []
-    plan = FlashInferBackend.plan
-
-    def counting(self, rows):
-        attention = plan(self, rows)
-        grouped.append(self.grouped_rows)
-        return attention
-
-    monkeypatch.setattr(FlashInferBackend, "plan", counting)
+    grouped = count_groups(monkeypatch, FlashInferBackend)
 
     def samples(attention, **flags):
         params = SamplingParams(n=4, temperature=0.8, max_tokens=5, seed=3, logprobs=0)
@@ -182,8 +164,4 @@ def test_an_engine_with_shared_prefixes_draws_the_tokens_of_the_reference(
     expected = samples("reference", use_hydragen=False)
     sharing = {"hydragen_min_group_size": 2, "hydragen_min_prefix_len": 8}
     found = samples("flashinfer", use_hydragen=True, **sharing)
-    assert sum(each.num_decodes > 0 for each in grouped) >= 3
-    assert any(each.num_prefills for each in grouped)
-    for one, other in zip(found, expected, strict=True):
-        assert one.token_ids == other.token_ids
-        assert one.cumulative_logprob == pytest.approx(other.cumulative_logprob, rel=1e-4)
+    check_same_samples(found, expected, grouped)

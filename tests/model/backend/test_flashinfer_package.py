@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import random
 from types import SimpleNamespace
 
 import flashinfer_stand_in as stand_in
-import numpy as np
 import pytest
 import torch
-from attention_batches import CPU, DenseOracle, attend, make_cache, random_steps, random_world
-from checkpoints import VOCAB_SIZE
-from graph_stand_ins import RepeatingGraphs, add_graphs
+from attention_batches import CPU, make_cache
+from attention_checks import (
+    check_graph_leaves_groups,
+    check_graph_plan,
+    check_nested_groups,
+    check_prompts_and_decodes,
+    decode_in_graphs,
+)
+from graph_stand_ins import RepeatingGraphs
 from rows import named
-from worker_driver import Enter, make_driver
 
 from tokasaurus.model import backend as backends
-from tokasaurus.model.backend.base import ModelHeads, PrefixGroups, Rotation, SequenceRows
+from tokasaurus.model.backend.base import ModelHeads
 from tokasaurus.model.backend.flashinfer import backend as backend_module
 from tokasaurus.model.backend.flashinfer.backend import FlashInferBackend
 from tokasaurus.model.backend.flashinfer.probe import why_not_built
@@ -164,101 +167,28 @@ def test_the_stand_in_has_the_packages_signatures():
 
 
 def test_batches_match_dense_attention(kernels):
+    shapes = (4, 2, 128, 16), (8, 1, 64, 7)
     for dtype, tolerance in ((torch.float16, 0.005), (torch.bfloat16, 0.04)):
-        for num_heads, num_kv_heads, head_dim, page_size in ((4, 2, 128, 16), (8, 1, 64, 7)):
-            torch.manual_seed(0)
-            num_pages = 3 * ceil_div(200, page_size)
-            cache = make_cache(num_pages, page_size, num_kv_heads, head_dim, dtype)
-            backend, oracle = FlashInferBackend(cache, num_heads), DenseOracle()
-            for rows in random_steps(np.random.default_rng(num_heads), 3, 4, page_size):
-                total = num_heads + 2 * num_kv_heads
-                heads = torch.randn(len(rows.positions), total, head_dim).to(dtype)
-                parts = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-                expected = oracle.attend(rows, *parts)
-                with named((dtype, num_heads)):
-                    output = attend(backend, rows, *parts).double()
-                    torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+        check_prompts_and_decodes(FlashInferBackend, shapes, dtype, tolerance)
     assert set(kernels.loaded.generations) == {"fa2"}
     assert set(kernels.calls) == {(4, 2), (8, 1)}
 
 
 def test_groups_match_the_reference(kernels):
-    num_grouped = 0
-    for seed in range(8):
-        page_size = (16, 20, 8)[seed % 3]
-        plain, grouped, _ = random_world(np.random.default_rng(seed), page_size)
-        torch.manual_seed(seed)
-        cache = make_cache(plain.page_table.numel(), page_size, 2, 64, torch.float16)
-        for tensor in cache.keys + cache.values:
-            tensor.normal_()
-        backend = FlashInferBackend(cache, 4)
-        heads = torch.randn(len(plain.positions), 8, 64).half()
-        parts = heads.split([4, 2, 2], dim=1)
-        with named(seed):
-            output = attend(backend, grouped, *parts)
-            num_grouped += sum(backend.grouped_rows)
-            expected = attend(ReferenceBackend(cache, 4), grouped, *parts)
-            torch.testing.assert_close(output, expected, atol=0.005, rtol=0.005)
-    assert num_grouped > 100
+    checked = check_nested_groups(FlashInferBackend, [(4, 2, 64, 0)], 8, torch.float16, 0.005)
+    assert sum(count for _, _, count in checked) > 100
 
 
-def test_the_probe_passes(kernels, monkeypatch):
-    """FlashInfer appends here: Triton's interpreter does not round to e4m3."""
-    monkeypatch.setattr(backend_module, "_lacks_triton", lambda _: True)
+def test_the_probe_passes(kernels):
+    """FlashInfer appends to e4m3 here: Triton's interpreter does not round to it."""
     for kept_dtype in (None, torch.float8_e4m3fn):
         heads = ModelHeads(32, 8, 64, torch.float16, kept_dtype)
         with named(kept_dtype):
             assert why_not_built(FlashInferBackend, heads, CPU) is None
 
 
-def decodes(source, page_table):
-    count = int(source.integers(1, 7))
-    lengths = source.integers(1, page_table.shape[1] * 16 + 1, count).astype(np.int32)
-    return SequenceRows(
-        slots=source.permutation(8)[:count].astype(np.int32),
-        query_starts=np.arange(count + 1, dtype=np.int32),
-        kv_lengths=lengths,
-        positions=lengths - 1,
-        page_table=page_table,
-        num_decodes=count,
-    )
-
-
-def rotation_of(num_rows):
-    angles = torch.rand(num_rows, 1, 32) * 6
-    return Rotation(angles.cos(), angles.sin())
-
-
 def test_a_plan_of_a_graph_attends_as_the_plan_of_each_batch_does(kernels):
-    """Attention is made once, as it is recorded. Rows without a sequence write nothing."""
-    num_heads, num_kv_heads, num_columns = 4, 2, 20
-    source = np.random.default_rng(0)
-    torch.manual_seed(0)
-    page_table = torch.randperm(8 * num_columns + 1).to(torch.int32)[1:].view(8, num_columns)
-    shape = 8 * num_columns + 1, 16, num_kv_heads, 64, torch.float16
-    caches = [make_cache(*shape) for _ in range(2)]
-    for one, other in zip(
-        caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True
-    ):
-        other.copy_(one.normal_())
-    plain, fixed = (FlashInferBackend(cache, num_heads) for cache in caches)
-    graph = fixed.graph_plan(6, page_table, num_columns * 16)
-    assert graph.fill(None)
-    recorded = graph.attention()
-    for step in range(6):
-        rows = decodes(source, page_table)
-        count = len(rows.slots)
-        heads = torch.full((6, num_heads + 2 * num_kv_heads, 64), torch.nan).half()
-        heads[:count].normal_()
-        rotation = rotation_of(6)
-        assert graph.fill(rows)
-        output = recorded.attend(0, heads, rotation, None)
-        exact = Rotation(*(each[:count] for each in rotation))
-        expected = plain.plan(rows).attend(0, heads[:count], exact, None)
-        with named(step):
-            torch.testing.assert_close(output[:count], expected)
-            assert torch.equal(caches[0].keys[0], caches[1].keys[0])
-            assert torch.equal(caches[0].values[0], caches[1].values[0])
+    check_graph_plan(FlashInferBackend, 4, 2, torch.float16, is_made_once=True)
 
 
 def test_graphs_share_room_and_each_has_tensors_of_its_own(kernels):
@@ -275,19 +205,7 @@ def test_graphs_share_room_and_each_has_tensors_of_its_own(kernels):
 
 
 def test_a_batch_with_a_group_is_not_planned_for_a_graph(kernels):
-    backend = FlashInferBackend(make_cache(160, 16, 1, 64, torch.float16), 4)
-    graph = backend.graph_plan(6, torch.zeros(8, 20, dtype=torch.int32), 320)
-    lengths, zero = np.full(4, 100, np.int32), np.zeros(1, np.int32)
-    rows = SequenceRows(
-        np.arange(4, dtype=np.int32),
-        np.arange(5, dtype=np.int32),
-        lengths,
-        lengths - 1,
-        torch.zeros(8, 20, dtype=torch.int32),
-        4,
-        PrefixGroups(zero, zero + 4, zero, zero, zero, zero + 2),
-    )
-    assert not graph.fill(rows)
+    check_graph_leaves_groups(FlashInferBackend, torch.float16)
 
 
 def test_graphs_give_the_tokens_of_the_reference(kernels, checkpoint, monkeypatch):
@@ -296,32 +214,6 @@ def test_graphs_give_the_tokens_of_the_reference(kernels, checkpoint, monkeypatc
     monkeypatch.setattr(backend_module, "_why_not_built", lambda _: None)
     monkeypatch.setitem(backends._BACKENDS, "cpu", (FlashInferBackend, ReferenceBackend))
     path = checkpoint("qwen3", num_heads=4, num_kv_heads=2, head_dim=64)
-    source = random.Random(0)
-    prompts = [[source.randrange(VOCAB_SIZE) for _ in range(n)] for n in (60, 7, 33)]
-
-    def tokens(attention):
-        driver = make_driver(
-            path,
-            attention=attention,
-            dtype="float16",
-            linear="plain",
-            max_tokens_per_forward=64,
-            max_seqs_per_forward=4,
-            num_slots=4,
-        )
-        graphs = None
-        if attention == "flashinfer":
-            graphs = add_graphs(driver.worker, (2, 4), 256, RepeatingGraphs)
-        driver.worker.warm_up()
-        found = []
-        for slot, prompt in enumerate(prompts):
-            driver.start(slot)
-            found += driver.step(prefill=[Enter(slot, prompt)]).token_ids.tolist()
-        for slots in ([0], [2, 0], [0, 1, 2], [1, 2], [1, 2, 0], [2, 1, 0]):
-            found += driver.step(decode=slots).token_ids.tolist()
-        return found, graphs
-
-    found, graphs = tokens("flashinfer")
-    assert graphs.recorded == [4, 2]
-    assert graphs.replayed == [2, 2, 4, 2, 4, 4]
-    assert found == tokens("reference")[0]
+    found = decode_in_graphs(path, RepeatingGraphs, attention="flashinfer", dtype="float16")
+    expected = decode_in_graphs(path, has_graphs=False, attention="reference", dtype="float16")
+    assert [tokens for _, tokens, _ in found] == [tokens for _, tokens, _ in expected]

@@ -14,11 +14,18 @@ from attention_batches import (
     DenseOracle,
     add_prefill,
     attend,
+    filled_cache,
     grouped_decodes,
     large_group,
     make_cache,
-    random_steps,
-    random_world,
+    random_heads,
+)
+from attention_checks import (
+    check_empty_sequences,
+    check_first_member,
+    check_large_group,
+    check_nested_groups,
+    check_prompts_and_decodes,
 )
 from rows import named
 
@@ -56,72 +63,19 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(planning, "SHORTEST_TASK", 64)
 
 
-def random_heads(num_rows, num_heads, num_kv_heads, head_dim, dtype):
-    heads = torch.randn(num_rows, num_heads + 2 * num_kv_heads, head_dim).to(dtype)
-    return heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-
-
-def filled_cache(*arguments, **options):
-    cache = make_cache(*arguments, **options)
-    for tensor in cache.keys + cache.values:
-        tensor.normal_()
-    return cache
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["fp32", "fp16"])
 def test_prompts_and_decodes_match_dense_attention(dtype, tolerance):
-    """The cache is full of NaN where nothing was written."""
-    for num_heads, num_kv_heads, head_dim, page_size in SHAPES:
-        torch.manual_seed(0)
-        num_pages = 3 * ceil_div(200, page_size)
-        cache = make_cache(num_pages, page_size, num_kv_heads, head_dim, dtype)
-        backend, oracle = TritonBackend(cache, num_heads), DenseOracle()
-        for rows in random_steps(np.random.default_rng(num_heads), 3, 4, page_size):
-            parts = random_heads(len(rows.positions), num_heads, num_kv_heads, head_dim, dtype)
-            expected = oracle.attend(rows, *parts)
-            with named((num_heads, num_kv_heads, head_dim, page_size)):
-                output = attend(backend, rows, *parts).double()
-                torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+    check_prompts_and_decodes(TritonBackend, SHAPES, dtype, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["fp32", "fp16"])
 def test_random_nested_groups_match_the_reference(dtype, tolerance):
-    """And the same batch without them."""
-    num_grouped = 0
-    for seed in range(6):
-        num_heads, num_kv_heads, head_dim, _ = SHAPES[seed]
-        page_size = (16, 20, 8)[seed % 3]
-        plain, grouped, _ = random_world(np.random.default_rng(seed), page_size)
-        torch.manual_seed(seed)
-        cache = filled_cache(plain.page_table.numel(), page_size, num_kv_heads, head_dim, dtype)
-        backend = TritonBackend(cache, num_heads)
-        parts = random_heads(len(plain.positions), num_heads, num_kv_heads, head_dim, dtype)
-        with named(seed):
-            output = attend(backend, grouped, *parts)
-            num_grouped += sum(backend.grouped_rows)
-            reference = ReferenceBackend(cache, num_heads)
-            expected = attend(reference, grouped, *parts)
-            assert backend.grouped_rows == reference.grouped_rows
-            torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
-            alone = attend(backend, plain, *parts)
-            assert sum(backend.grouped_rows) == 0
-            torch.testing.assert_close(alone, expected, atol=tolerance, rtol=tolerance)
-    assert num_grouped > 30
+    checked = check_nested_groups(TritonBackend, SHAPES, 6, dtype, tolerance)
+    assert sum(count for _, _, count in checked) > 30
 
 
 def test_a_group_reads_its_prefix_through_its_first_member():
-    """Reading it through another member's page table would show: their entries are broken."""
-    plain, grouped = grouped_decodes(np.random.default_rng(3), 16)
-    cache = filled_cache(9 * 8, 16, 1, 64)
-    parts = random_heads(9, 2, 1, 64, torch.float32)
-    backend = TritonBackend(cache, 2)
-    expected = attend(backend, plain, *parts)
-    broken = plain.page_table.clone()
-    broken[plain.slots[3], 0] = broken[plain.slots[0], 0]
-    output = attend(backend, replace(plain, page_table=broken), *parts)
-    assert (output[3] - expected[3]).abs().max() > 1e-3
-    output = attend(backend, replace(grouped, page_table=broken), *parts)
-    torch.testing.assert_close(output, expected, atol=2e-5, rtol=2e-5)
+    check_first_member(TritonBackend)
 
 
 def test_groups_that_save_no_bytes_are_not_taken():
@@ -146,16 +100,7 @@ def test_groups_that_save_no_bytes_are_not_taken():
 
 def test_a_large_group_is_cut_and_changes_no_result():
     for dtype, tolerance in TOLERANCES:
-        torch.manual_seed(1)
-        cache = filled_cache(60, 16, 1, 64, dtype)
-        backend = TritonBackend(cache, 3)
-        plain, grouped = large_group(40, 20, 16)
-        parts = random_heads(40, 3, 1, 64, dtype)
-        expected = attend(backend, plain, *parts)
-        with named(dtype):
-            output = attend(backend, grouped, *parts)
-            assert backend.grouped_rows.num_decodes == 40
-            torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+        check_large_group(TritonBackend, dtype, tolerance)
 
 
 def test_a_long_context_is_cut_and_merged():
@@ -224,22 +169,7 @@ def test_a_plan_may_be_filled_up():
 
 
 def test_sequences_of_no_rows_and_of_one_position_pass():
-    cache = make_cache(4, 16, 2, 64)
-    rows = SequenceRows(
-        slots=np.array([2, 0, 1], np.int32),
-        query_starts=np.array([0, 0, 1, 1], np.int32),
-        kv_lengths=np.array([0, 1, 0], np.int32),
-        positions=np.zeros(1, np.int32),
-        page_table=torch.arange(4, dtype=torch.int32)[:, None],
-    )
-    parts = random_heads(1, 4, 2, 64, torch.float32)
-    output = attend(TritonBackend(cache, 4), rows, *parts)
-    # With a single key the output is its value.
-    torch.testing.assert_close(output, parts[2].repeat_interleave(2, dim=1))
-    empty = np.zeros(0, np.int32)
-    nothing = SequenceRows(empty, np.zeros(1, np.int32), empty, empty, rows.page_table)
-    parts = random_heads(0, 4, 2, 64, torch.float32)
-    assert attend(TritonBackend(cache, 4), nothing, *parts).shape == (0, 4, 64)
+    check_empty_sequences(TritonBackend)
 
 
 def test_large_scores_do_not_overflow():

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
-from checkpoints import VOCAB_SIZE
-from oracle import assert_greedy, reference_generate
-from rows import named
-from worker_driver import generate, make_driver
+from attention_checks import check_greedy_tokens, check_same_samples, count_groups
 
 from tokasaurus import LLM, SamplingParams
 from tokasaurus.model.backend.triton import planning
@@ -27,16 +22,7 @@ def interpreted(monkeypatch):
 
 
 def test_greedy_tokens_are_those_of_transformers(checkpoint):
-    """After chunked prefill and paged decode over shuffled pages."""
-    prompt = [random.Random(0).randrange(VOCAB_SIZE) for _ in range(90)]
-    for architecture, heads in (("llama", (6, 2)), ("qwen3", (3, 1))):
-        num_heads, num_kv_heads = heads
-        path = checkpoint(architecture, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=64)
-        driver = make_driver(path, attention="triton")
-        ids, logprobs = generate(driver, prompt, 12, chunk=37)
-        with named(architecture):
-            assert_greedy(path, prompt, ids, logprobs)
-            assert ids == reference_generate(path, prompt, 12)
+    check_greedy_tokens(checkpoint, "triton")
 
 
 def samples(attention, **flags):
@@ -52,21 +38,9 @@ def samples(attention, **flags):
 
 @pytest.mark.engine
 def test_an_engine_with_shared_prefixes_draws_the_tokens_of_the_reference(monkeypatch):
-    grouped = []
-    plan = TritonBackend.plan
-
-    def counting(self, rows):
-        attention = plan(self, rows)
-        grouped.append(self.grouped_rows)
-        return attention
-
-    monkeypatch.setattr(TritonBackend, "plan", counting)
+    grouped = count_groups(monkeypatch, TritonBackend)
     expected = samples("reference", use_hydragen=False)
     found = samples(
         "triton", use_hydragen=True, hydragen_min_group_size=2, hydragen_min_prefix_len=8
     )
-    assert sum(each.num_decodes > 0 for each in grouped) >= 3
-    assert any(each.num_prefills for each in grouped)
-    for one, other in zip(found, expected, strict=True):
-        assert one.token_ids == other.token_ids
-        assert one.cumulative_logprob == pytest.approx(other.cumulative_logprob, rel=1e-4)
+    check_same_samples(found, expected, grouped)

@@ -8,12 +8,13 @@ import string
 import llguidance
 import numpy as np
 import torch
+from slot_parameters import entering
 
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.model.download import Download
 from tokasaurus.model.sampling.digits import MAX_DIGITS, DigitLimit
 from tokasaurus.model.sampling.matchers import Matchers
-from tokasaurus.protocol.messages import Sampling, SlotGrammar, SlotParameters
+from tokasaurus.protocol.messages import SlotGrammar
 
 TOKENS = [*string.printable, "77", '": ', '\\"', "<end>"]
 END = len(TOKENS) - 1
@@ -66,21 +67,13 @@ def next_tokens(schema: object, text: str) -> set[str]:
     before, after = ids_of(text[:3]), ids_of(text[3:])
     zero = np.zeros(1, np.int32)
     matchers.enter(
-        SlotParameters(
-            slots=zero,
-            samplings=(Sampling(),),
-            sampling_index=zero,
-            seed=zero.astype(np.int64),
-            sample_index=zero,
-            num_generated=zero,
-            num_logprobs=zero,
-            grammars=(
-                SlotGrammar(
-                    text=grammar,
-                    slots=zero,
-                    num_generated=np.array([len(before)], np.int32),
-                    generated_ids=np.array(before, np.int32),
-                ),
+        entering(
+            [0],
+            SlotGrammar(
+                text=grammar,
+                slots=zero,
+                num_generated=np.array([len(before)], np.int32),
+                generated_ids=np.array(before, np.int32),
             ),
         )
     )

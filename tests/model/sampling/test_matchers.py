@@ -12,6 +12,7 @@ import torch
 from checkpoints import VOCAB_SIZE
 from fake_vocabulary import LETTERS, VOCABULARY
 from rows import named
+from slot_parameters import entering
 from worker_driver import Driver, Enter, worker_config
 
 from tokasaurus.errors import ModelError, ProtocolError
@@ -19,24 +20,10 @@ from tokasaurus.grammars import Vocabulary
 from tokasaurus.model.download import Download
 from tokasaurus.model.sampling.matchers import Matchers, TokenMasks
 from tokasaurus.model.worker.worker import Worker
-from tokasaurus.protocol.messages import Sampling, SlotGrammar, SlotParameters
+from tokasaurus.protocol.messages import SlotGrammar
 
 EOS = VOCABULARY.eos_token_ids[0]
 NUM_SLOTS = 6
-
-
-def parameters(slots: list[int], *grammars: SlotGrammar) -> SlotParameters:
-    zeros = np.zeros(len(slots), np.int32)
-    return SlotParameters(
-        slots=np.array(slots, np.int32),
-        samplings=(Sampling(),),
-        sampling_index=zeros,
-        seed=zeros.astype(np.int64),
-        sample_index=zeros,
-        num_generated=zeros,
-        num_logprobs=zeros,
-        grammars=grammars,
-    )
 
 
 def grammar(text: str, **generated: str) -> SlotGrammar:
@@ -78,7 +65,7 @@ def matchers() -> Matchers:
 
 def test_slots_follow_their_own_copies(matchers):
     matchers.enter(
-        parameters(
+        entering(
             [0, 1, 2, 3], grammar("start: /a[bc]*d/", s1="", s3=""), grammar('start: "x"', s2="")
         )
     )
@@ -95,18 +82,18 @@ def test_slots_follow_their_own_copies(matchers):
 
 def test_a_sequence_that_returns_continues_its_text(matchers):
     text = "start: /ab{3}c/"
-    matchers.enter(parameters([0, 4, 5], grammar(text, s0="", s4="abb", s5="abbbc")))
+    matchers.enter(entering([0, 4, 5], grammar(text, s0="", s4="abb", s5="abbbc")))
     assert allowed(matchers, [0, 4, 5]) == ["a", "b", "$"]
     draw(matchers, [4], "b")
     assert allowed(matchers, [4]) == ["c"]
 
 
 def test_a_slot_forgets_the_grammar_of_its_former_sequence(matchers):
-    matchers.enter(parameters([2], grammar('start: "ab"', s2="")))
+    matchers.enter(entering([2], grammar('start: "ab"', s2="")))
     draw(matchers, [2], "a")
-    matchers.enter(parameters([2]))
+    matchers.enter(entering([2]))
     assert allowed(matchers, [2]) == [None]
-    matchers.enter(parameters([2], grammar('start: "cd"', s2="")))
+    matchers.enter(entering([2], grammar('start: "cd"', s2="")))
     assert allowed(matchers, [2]) == ["c"]
 
 
@@ -120,16 +107,16 @@ def cut(matchers: Matchers, slots: list[int]) -> list[int]:
 def test_a_sequence_whose_grammar_cannot_be_followed_is_cut(matchers, caplog):
     """The server refuses such grammars. If one comes anyway, the engine continues."""
     matchers.enter(
-        parameters([0, 1], grammar("start: nothing", s0=""), grammar('start: "ab"', s1=""))
+        entering([0, 1], grammar("start: nothing", s0=""), grammar('start: "ab"', s1=""))
     )
     assert allowed(matchers, [0, 1]) == ["$", "a"]
     assert cut(matchers, [2, 1, 0]) == [0]
     assert "cannot be compiled here" in caplog.text
-    matchers.enter(parameters([0], grammar('start: "ab"', s0="ba")))
+    matchers.enter(entering([0], grammar('start: "ab"', s0="ba")))
     assert allowed(matchers, [0, 1]) == ["$", "a"]
     assert cut(matchers, [0, 1]) == [0]
     assert "cannot be followed any further" in caplog.text
-    matchers.enter(parameters([0], grammar('start: "ab"', s0="")))
+    matchers.enter(entering([0], grammar('start: "ab"', s0="")))
     assert cut(matchers, [0, 1]) == []
 
 
@@ -143,7 +130,7 @@ THICKET = "\n".join(
 def test_a_mask_that_takes_too_much_work_cuts_its_sequence(matchers, caplog):
     """Our limit is below the library's own, which these letters do not reach."""
     matchers.enter(
-        parameters([0, 1], grammar(f"start: r0\n{THICKET}", s0=""), grammar("start: /a+/", s1=""))
+        entering([0, 1], grammar(f"start: r0\n{THICKET}", s0=""), grammar("start: /a+/", s1=""))
     )
     for _ in range(100):
         if cut(matchers, [0, 1]):
@@ -159,16 +146,16 @@ def test_a_mask_that_takes_too_much_work_cuts_its_sequence(matchers, caplog):
 
 def test_without_grammars_no_job_is_started(matchers):
     matchers.wait()
-    matchers.enter(parameters([0, 1]))
+    matchers.enter(entering([0, 1]))
     assert not matchers._jobs
     assert matchers.masks(np.array([0, 1], np.int32)) is None
 
 
 def test_without_a_vocabulary_grammars_are_refused():
     matchers = Matchers(2, 8, None)
-    matchers.enter(parameters([0]))
+    matchers.enter(entering([0]))
     with pytest.raises(ProtocolError, match="no vocabulary"):
-        matchers.enter(parameters([0], grammar('start: "a"', s0="")))
+        matchers.enter(entering([0], grammar('start: "a"', s0="")))
 
 
 def test_a_worker_loads_its_vocabulary_in_another_thread(checkpoint):
@@ -186,9 +173,9 @@ def test_a_worker_loads_its_vocabulary_in_another_thread(checkpoint):
     assert threads != [threading.current_thread()]
     driver.start(0)
     first = driver.batch(prefill=[Enter(0, [1, 2, 3])])
-    entering = msgspec.structs.replace(first.parameters, grammars=(grammar('start: "ab"', s0=""),))
+    entered = msgspec.structs.replace(first.parameters, grammars=(grammar('start: "ab"', s0=""),))
     driver.number += 1
-    results = [driver.worker.submit(msgspec.structs.replace(first, parameters=entering)).collect()]
+    results = [driver.worker.submit(msgspec.structs.replace(first, parameters=entered)).collect()]
     results += [driver.step(decode=[0]) for _ in range(2)]
     assert [result.token_ids.tolist() for result in results] == [[0], [1], [EOS]]
 

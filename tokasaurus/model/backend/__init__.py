@@ -16,7 +16,7 @@ from tokasaurus.model.backend.flashinfer.backend import FlashInferBackend
 from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.backend.triton.backend import TritonBackend, is_interpreted
 
-__all__ = ["choose_backend", "usable_backends"]
+__all__ = ["backend_named", "choose_backend", "usable_backends"]
 
 log = logging.getLogger(__name__)
 
@@ -46,16 +46,30 @@ def choose_backend(
         ConfigError: the backend or the options cannot run on this device or machine, or the backend
             cannot run the model.
     """
-    backends = _BACKENDS[device.type]
     if attention == "auto":
-        return _best(backends, options, heads)
+        return _best(_BACKENDS[device.type], options, heads)
+    backend = backend_named(attention, device)
+    if reason := _why_not(backend, options, heads):
+        raise ConfigError(f"attention={attention}: {reason}, or set attention=auto")
+    return backend
+
+
+def backend_named(attention: str, device: torch.device) -> type[Backend]:
+    """The backend of this name, whether it runs on this machine or not.
+
+    Args:
+        attention: the name of a backend.
+        device: of the model.
+
+    Raises:
+        ConfigError: the backend does not run on this kind of device.
+    """
+    backends = _BACKENDS[device.type]
     if is_interpreted():
         # For tests: auto does not take it.
         backends = (*backends, TritonBackend)
     for backend in backends:
         if backend.name == attention:
-            if reason := _why_not(backend, options, heads):
-                raise ConfigError(f"attention={attention}: {reason}, or set attention=auto")
             return backend
     names = " or ".join(backend.name for backend in backends)
     raise ConfigError(f"attention={attention} does not run on device={device.type}: set {names}")

@@ -25,6 +25,7 @@ __all__ = [
     "GroupSize",
     "KernelBlocks",
     "choose_groups",
+    "costs_of_choice",
     "fit_costs",
 ]
 
@@ -88,6 +89,18 @@ class GroupCosts(NamedTuple):
 
 ALWAYS = GroupCosts(0.0, 0.0, 0.0, -1.0, KernelBlocks(1, 1))
 NEVER = GroupCosts(0.0, 0.0, 0.0, 1.0, KernelBlocks(1, 1))
+
+
+def costs_of_choice(use_groups: bool | None, usual: GroupCosts) -> GroupCosts:
+    """The costs by which a backend chooses groups.
+
+    Args:
+        use_groups: of ``BackendOptions``.
+        usual: those that decide if the user does not.
+    """
+    if use_groups is None:
+        return usual
+    return ALWAYS if use_groups else NEVER
 
 
 def fit_costs(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from tokasaurus.model.capability import why_too_old
 from tokasaurus.model.float8 import E4M3, LARGEST, to_e4m3
 from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec
 from tokasaurus.model.placement import Placement
@@ -105,10 +106,4 @@ def why_not(place: Placement) -> str | None:
         return None
     if place.dtype != torch.bfloat16:
         return f"on CUDA its results are in bf16, not in {place.dtype}; set dtype=bfloat16"
-    capability = torch.cuda.get_device_capability(place.device)
-    if capability < _OLDEST:
-        return (
-            f"this device has compute capability {'.'.join(map(str, capability))}, and products in"
-            f" e4m3 need {'.'.join(map(str, _OLDEST))}"
-        )
-    return None
+    return why_too_old(_OLDEST, "products in e4m3 need", place.device)

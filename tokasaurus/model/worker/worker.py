@@ -23,10 +23,7 @@ from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.errors import ConfigError, ProtocolError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.host_memory import keep_freed_memory
-from tokasaurus.model.backend.base import (
-    NO_GROUPED_ROWS,
-    GroupedRows,
-)
+from tokasaurus.model.backend.base import NO_GROUPED_ROWS, GroupedRows
 from tokasaurus.model.download import Download
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.parallel.ranks import Ranks

@@ -35,12 +35,12 @@ from tokasaurus.model.backend.cpu.calls import call, load_kernels, load_replay, 
 from tokasaurus.model.backend.cpu.operators import ELEMENTS, load_operators
 from tokasaurus.model.backend.cpu.sampling import load_sampling
 from tokasaurus.model.backend.grouping import (
-    ALWAYS,
     NEVER,
     ChosenGroups,
     GroupCosts,
     KernelBlocks,
     choose_groups,
+    costs_of_choice,
 )
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.rounding import ceil_div, round_up
@@ -169,7 +169,7 @@ class CompiledBackend:
     ) -> None:
         self._options = options
         # Until it is calibrated, it takes no groups by itself.
-        self._costs = ALWAYS if options.use_groups else NEVER
+        self._costs = costs_of_choice(options.use_groups, NEVER)
         self.grouped_rows = NO_GROUPED_ROWS
         self._library = _library(options.instruction_set)
         self._cache = cache

@@ -40,11 +40,10 @@ from tokasaurus.model.backend.flashinfer.planning import BatchPlan, plan_calls
 from tokasaurus.model.backend.flashinfer.probe import why_not_built
 from tokasaurus.model.backend.flashinfer.wrappers import Wrappers
 from tokasaurus.model.backend.grouping import (
-    ALWAYS,
-    NEVER,
     GroupCosts,
     KernelBlocks,
     choose_groups,
+    costs_of_choice,
 )
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
 from tokasaurus.model.backend.triton.backend import TritonBackend, is_interpreted
@@ -93,15 +92,20 @@ class FlashInferBackend:
         self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
     ) -> None:
         self._cache = cache
-        self._heads = ModelHeads(num_heads, cache.num_kv_heads, cache.head_dim, cache.heads_dtype)
+        self._heads = ModelHeads(
+            num_heads,
+            cache.num_kv_heads,
+            cache.head_dim,
+            cache.heads_dtype,
+            cache.dtype if cache.is_narrow else None,
+        )
         self._library = import_library()
         self._wrappers = Wrappers(self._library, self._heads, cache.dtype, cache.keys[0].device)
-        # None where Triton does not run.
-        self._shape = None if _lacks_triton(options) else _shape(self._heads, cache.page_size)
-        if options.use_groups is None:
-            self._costs = _group_bytes(self._heads, cache.dtype)
-        else:
-            self._costs = ALWAYS if options.use_groups else NEVER
+        # None where Triton does not run, or cannot write to this cache.
+        is_stored = not _lacks_triton(options) and TritonBackend.why_not_model(self._heads) is None
+        self._shape = _shape(self._heads, cache.page_size) if is_stored else None
+        saved = _group_bytes(self._heads, cache.dtype)
+        self._costs = costs_of_choice(options.use_groups, saved)
         self.grouped_rows = NO_GROUPED_ROWS
 
     def calibrate(self, shared: Callable[[Sequence[float]], list[float]]) -> None:

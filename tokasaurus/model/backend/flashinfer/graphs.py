@@ -15,14 +15,12 @@ from torch import Tensor
 from tokasaurus.model.backend.base import Attention, SequenceRows
 from tokasaurus.model.backend.flashinfer.page_lists import PageLists
 from tokasaurus.model.backend.flashinfer.planning import Call
+from tokasaurus.model.backend.triton.shapes import ALIGNMENT
 from tokasaurus.model.upload import Staging
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.rounding import round_up
 
 __all__ = ["FlashInferGraphPlan"]
-
-# Of int32: Triton's kernels are compiled for addresses that are multiples of 16 bytes.
-_ALIGNMENT = 4
 
 
 class FlashInferGraphPlan:
@@ -49,7 +47,7 @@ class FlashInferGraphPlan:
     ) -> None:
         self._num_rows, self._page_size, self._page_table = num_rows, page_size, page_table
         self._takes, self._plan, self._attention = takes, plan, attention
-        shape = 2, round_up(num_rows, _ALIGNMENT)
+        shape = 2, round_up(num_rows, ALIGNMENT)
         self._rows = torch.zeros(shape, dtype=torch.int32, device=page_table.device)
 
     def attention(self) -> Attention:

@@ -1,7 +1,7 @@
 """Norms and rotates the heads of a batch, and appends keys and values to their pages.
 
-Where Triton runs, a kernel of ours does all of it at once. Otherwise torch norms and rotates, and
-FlashInfer appends.
+Where Triton runs and can write to the cache, a kernel of ours does all of it at once. Otherwise
+torch norms and rotates, and FlashInfer appends.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ from tokasaurus.model.backend.flashinfer.planning import BatchPlan
 from tokasaurus.model.backend.flashinfer.wrappers import LAYOUT
 from tokasaurus.model.backend.reference_operators import norm_and_rotate
 from tokasaurus.model.backend.triton.heads import TritonHeads
-from tokasaurus.model.backend.triton.shapes import AttentionShape
+from tokasaurus.model.backend.triton.shapes import ALIGNMENT, AttentionShape
 from tokasaurus.model.float8 import to_e4m3
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.upload import Staging
 from tokasaurus.rounding import round_up
 
 __all__ = ["StoredHeads", "appended_by_flashinfer", "stored_by_triton"]
-
-# Of int32: Triton's kernels are compiled for addresses that are multiples of 16 bytes.
-_ALIGNMENT = 4
 
 
 class StoredHeads(Protocol):
@@ -64,7 +61,7 @@ def stored_by_triton(
         What makes the heads once the buffer is sent; the argument is not used.
     """
     num_rows = len(plan.row_slots)
-    both = np.zeros((2, round_up(num_rows, _ALIGNMENT)), np.int32)
+    both = np.zeros((2, round_up(num_rows, ALIGNMENT)), np.int32)
     both[:, :num_rows] = plan.row_slots, rows.positions
     sent = staging.add(both)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tokasaurus.model.backend.base import ModelHeads
+from tokasaurus.model.capability import why_too_old
 
 __all__ = ["import_library", "why_not", "why_not_heads"]
 
@@ -60,12 +61,8 @@ def why_not() -> str | None:
         )
     if not torch.cuda.is_available():
         return f"PyTorch {torch.__version__} sees no CUDA device; install its build for CUDA"
-    capability = torch.cuda.get_device_capability()
-    if capability < _OLDEST:
-        return (
-            f"this device has compute capability {'.'.join(map(str, capability))}, and the kernels"
-            f" need {'.'.join(map(str, _OLDEST))}; set attention=reference"
-        )
+    if reason := why_too_old(_OLDEST, "the kernels need"):
+        return f"{reason}; set attention=reference"
     return _missing_compiler()
 
 

@@ -53,10 +53,6 @@ class Call:
     page_size: int
 
     @property
-    def num_requests(self) -> int:
-        return len(self.slots)
-
-    @property
     def num_rows(self) -> Int32Array:
         """[requests]."""
         return self.query_starts[1:] - self.query_starts[:-1]

@@ -54,9 +54,8 @@ class Wrappers:
     ) -> None:
         self._library, self._heads, self._cache_dtype = library, heads, cache_dtype
         self._num_processors = num_multiprocessors(device)
-        self.workspace_bytes = workspace_bytes(heads, self._num_processors)
         # Calls run one after the other, so they share it.
-        self._workspace = _zeros(self.workspace_bytes, device)
+        self._workspace = _zeros(workspace_bytes(heads, self._num_processors), device)
         self._graph_workspaces = _zeros(0, device), _zeros(0, device), _zeros(0, device)
         self._kinds: dict[str, _Turns] = {}
         self._has_fa3 = _has_fa3(library, heads, cache_dtype, device)

@@ -27,11 +27,10 @@ from tokasaurus.model.backend.base import (
     SequenceRows,
 )
 from tokasaurus.model.backend.grouping import (
-    ALWAYS,
-    NEVER,
     GroupCosts,
     KernelBlocks,
     choose_groups,
+    costs_of_choice,
 )
 from tokasaurus.model.backend.multiprocessors import num_multiprocessors
 from tokasaurus.model.backend.triton.device_plan import (
@@ -43,6 +42,7 @@ from tokasaurus.model.backend.triton.device_plan import (
 from tokasaurus.model.backend.triton.heads import TritonHeads
 from tokasaurus.model.backend.triton.planning import Tiles, most_partials, plan_tasks
 from tokasaurus.model.backend.triton.shapes import AttentionShape
+from tokasaurus.model.capability import why_too_old
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.rounding import ceil_div
 
@@ -113,10 +113,8 @@ class TritonBackend:
         few, many = (block // self._shape.group for block in self._shape.blocks)
         num_programs = num_multiprocessors(cache.keys[0].device) * _PROGRAMS_PER_PROCESSOR
         self._tiles = Tiles(few, many, ceil_div(num_programs, cache.num_kv_heads))
-        if options.use_groups is None:
-            self._costs = _group_bytes(cache, num_heads, self._tiles)
-        else:
-            self._costs = ALWAYS if options.use_groups else NEVER
+        saved = _group_bytes(cache, num_heads, self._tiles)
+        self._costs = costs_of_choice(options.use_groups, saved)
         self.grouped_rows = NO_GROUPED_ROWS
 
     def calibrate(self, shared: Callable[[Sequence[float]], list[float]]) -> None:
@@ -174,11 +172,11 @@ class TritonGraphPlan:
         return self._backend.attention_of_decodes(slots, lengths, self._page_table)
 
     def fill(self, rows: SequenceRows | None) -> bool:
-        if rows is not None and not self._backend.plan_in_graph(rows):
-            return False
-        num_rows = 0
         slots, lengths = self._rows
+        num_rows = 0
         if rows is not None:
+            if not self._backend.plan_in_graph(rows):
+                return False
             num_rows = rows.num_decodes
             slots[:num_rows], lengths[:num_rows] = rows.decodes_on_device()
         lengths[num_rows:] = 0
@@ -275,13 +273,8 @@ def _why_not_e4m3(dtype: torch.dtype) -> str | None:
         return "a KV cache in e4m3 needs dtype=bfloat16 or float16; leave kv_cache_dtype out"
     if is_interpreted():
         return "Triton's interpreter has no arithmetic for e4m3; set attention=reference"
-    capability = torch.cuda.get_device_capability()
-    if capability < _OLDEST_WITH_E4M3:
-        return (
-            f"this device has compute capability {'.'.join(map(str, capability))}, and a KV cache"
-            f" in e4m3 needs {'.'.join(map(str, _OLDEST_WITH_E4M3))}; leave kv_cache_dtype out, or"
-            " set attention=reference"
-        )
+    if reason := why_too_old(_OLDEST_WITH_E4M3, "a KV cache in e4m3 needs"):
+        return f"{reason}; leave kv_cache_dtype out, or set attention=reference"
     return None
 
 
@@ -295,12 +288,8 @@ def _why_not() -> str | None:
         return None
     if not torch.cuda.is_available():
         return f"PyTorch {torch.__version__} sees no CUDA device; install its build for CUDA"
-    capability = torch.cuda.get_device_capability()
-    if capability < _OLDEST:
-        return (
-            f"this device has compute capability {'.'.join(map(str, capability))}, and the kernels"
-            f" need {'.'.join(map(str, _OLDEST))}; set attention=reference"
-        )
+    if reason := why_too_old(_OLDEST, "the kernels need"):
+        return f"{reason}; set attention=reference"
     return _failure(triton.__version__)
 
 

@@ -24,13 +24,11 @@ from tokasaurus.model.backend.base import SequenceRows
 from tokasaurus.model.backend.grouping import NEVER, choose_groups
 from tokasaurus.model.backend.triton import planning
 from tokasaurus.model.backend.triton.planning import TASK_SIZE, Plan, Tiles, plan_tasks
+from tokasaurus.model.backend.triton.shapes import ALIGNMENT
 from tokasaurus.model.upload import Staging
 from tokasaurus.rounding import round_up
 
 __all__ = ["DevicePlan", "plan_decodes", "plan_without_groups", "send_plan"]
-
-# Of a part of a plan: kernels are compiled for addresses that are multiples of 16 bytes.
-_ALIGNMENT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +64,7 @@ def send_plan(plan: Plan, device: torch.device) -> DevicePlan:
         plan.few_tasks.ravel(),
         plan.many_tasks.ravel(),
     )
-    sizes = [round_up(len(array), _ALIGNMENT) for array in arrays]
+    sizes = [round_up(len(array), ALIGNMENT) for array in arrays]
     whole = np.zeros(sum(sizes), np.int32)
     for array, part in zip(arrays, np.split(whole, np.cumsum(sizes)[:-1]), strict=True):
         part[: len(array)] = array

@@ -13,7 +13,11 @@ from functools import cached_property
 
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["AttentionShape", "power_of_2"]
+__all__ = ["ALIGNMENT", "AttentionShape", "power_of_2"]
+
+ALIGNMENT = 4
+"""Of arrays of int32, in numbers: kernels are compiled for addresses that are multiples of 16
+bytes."""
 
 # Rows of tiles, where each head of a group is a row. Tensor cores multiply 16 rows or 64 at a time.
 # Products in fp32 do not run on them, and take more registers.
