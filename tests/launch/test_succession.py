@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import socket
@@ -15,6 +16,7 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.parser import parse_command_line
 from tokasaurus.errors import ConfigError
 from tokasaurus.launch.assemble import assemble
+from tokasaurus.launch.keeping import succession
 from tokasaurus.launch.keeping.memory import untaken_memory
 from tokasaurus.launch.keeping.notes import LANGUAGE, Begin, Standing
 from tokasaurus.launch.keeping.service_manager import ServiceManager
@@ -76,13 +78,22 @@ def test_what_a_restart_cannot_change_is_named():
     )
 
 
-def test_memory_that_the_old_engine_may_still_take_is_not_free_for_the_new_one():
-    free = devices_here(CONFIG).memory_bytes
+@pytest.mark.parametrize(
+    ("untaken_bytes", "left"), [(19 * 10**9, "1.0 GB"), (21 * 10**9, "0 bytes")]
+)
+def test_memory_that_the_old_engine_may_still_take_is_not_free_for_the_new_one(
+    monkeypatch, untaken_bytes, left
+):
+    # What is free changes from one look to the next, so here it is a number.
+    here = dataclasses.replace(devices_here(CONFIG), memory_bytes=20 * 10**9)
+    monkeypatch.setattr(succession, "devices_here", lambda config: here)
     placed_beside(CONFIG, standing())
+    config = dataclasses.replace(CONFIG, kv_cache_num_tokens=1 << 24)
     plan = "the running engine has planned with 9 GB"
-    with pytest.raises(ConfigError, match="takes") as caught:
-        placed_beside(CONFIG, standing(untaken_bytes=free, untaken_plan=plan))
-    assert f"{plan}; so a new one beside it has 0 bytes" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        placed_beside(config, standing(untaken_bytes=untaken_bytes, untaken_plan=plan))
+    words = f"(20.0 GB are free; {plan}; so a new one beside it has {left})"
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("flag", ["kv_cache_num_tokens", "max_tokens_per_forward"])

@@ -87,7 +87,23 @@ def test_what_limits_the_sequences_that_run(question):
     # 16,384 tokens hold so many prompts, each with half an answer and half a page.
     manager = candidate(question(flags={"kv_cache_num_tokens": 16384}), Layout(1, 1, 1)).manager
     found = bound(Means.of(demand), manager, fixed(0.01), ONE_STAGE)
-    assert found.num_running == pytest.approx(16384 / (1000 + 50 + 8), rel=0.03)
+    assert found.num_running == pytest.approx(16384 / (1000 + 50 + 8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_running"),
+    [
+        ("prompt=1000,output=100,requests=5000,prefix=800", (16384 - 800) / (200 + 50 + 8)),
+        ("prompt=1000,output=100,requests=500,n=4", 16384 / (250 + 50 + 8)),
+        # A single request holds its whole prompt, however few of its samples run.
+        ("prompt=1000,output=100,n=1000", (16384 - 1000) / (50 + 8)),
+    ],
+)
+def test_pages_hold_what_is_shared_once(question, shape, num_running):
+    means = Means.of(demand_of_shape(shape))
+    manager = candidate(question(flags={"kv_cache_num_tokens": 16384}), Layout(1, 1, 1)).manager
+    found = bound(means, manager, fixed(0.01), ONE_STAGE)
+    assert (found.limit, found.num_running) == ("pages", pytest.approx(num_running))
 
 
 def test_simulations_come_near_their_bounds_and_hardly_beat_them(question):

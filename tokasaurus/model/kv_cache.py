@@ -18,8 +18,8 @@ each other, so work on one head reads long contiguous runs::
 
     position p  ->  page_table[slot, p // page_size], row p % page_size
 
-Keys and values may be kept in e4m3, which takes half of the memory of bf16 or fp16, and a quarter of
-that of fp32. They are rounded as they are written, and widened as they are read: attention
+Keys and values may be kept in e4m3, which takes half of the memory of bf16 or fp16, and a quarter
+of that of fp32. They are rounded as they are written, and widened as they are read: attention
 itself is in ``heads_dtype``.
 
 The memory is not initialised, so the operating system provides it as pages are first written. A

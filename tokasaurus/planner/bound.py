@@ -81,11 +81,15 @@ class Means:
             self, num_sequences=num_sequences, samples=min(self.samples, num_sequences)
         )
 
-    def held_tokens(self, num_running: float, page_size: int) -> float:
-        """Tokens of pages that this number of running sequences hold, in all."""
-        num_requests = max(num_running / self.samples, 1.0)
+    def num_held(self, kv_tokens: int, page_size: int) -> float:
+        """Running sequences whose pages hold this number of tokens, in all."""
         own = self.age + page_size / 2  # the last page is half full
-        return self.prefix + num_requests * (self.prompt - self.prefix) + num_running * own
+        a_sequence = (self.prompt - self.prefix) / self.samples + own
+        num_running = (kv_tokens - self.prefix) / a_sequence
+        if num_running < self.samples:
+            # A single request holds its whole prompt, however few of its samples run.
+            num_running = (kv_tokens - self.prompt) / own
+        return num_running
 
 
 @dataclass(frozen=True)
@@ -142,12 +146,7 @@ def bound(means: Means, manager: ManagerConfig, cost: CostModel, stages: Stages)
 
 def _num_running(means: Means, manager: ManagerConfig) -> tuple[float, str]:
     """The sequences that run at a time, and what limits them."""
-    kv_tokens = manager.num_pages * manager.page_size
-    spread = means.held_tokens(means.samples, manager.page_size) / means.samples
-    for_pages = float(kv_tokens) / spread
-    # The first requests hold a whole prompt even if few of their samples run.
-    while for_pages > 1 and means.held_tokens(for_pages, manager.page_size) > kv_tokens:
-        for_pages *= 0.98
+    for_pages = means.num_held(manager.num_pages * manager.page_size, manager.page_size)
     # Each running sequence brings tokens of the prompts that come after it.
     for_rows = manager.max_tokens_per_forward / (1 + means.computed / means.output)
     limits = {
