@@ -218,7 +218,7 @@ def _new_group(place: GroupPlace, store: Any, timeout: timedelta, more: Mapping[
             [],
             place.backend,
             dist.PrefixStore(place.name, store),  # type: ignore[attr-defined]
-            group_name=c10d.GroupName(place.name),
+            group_name=place.name,  # type: ignore[arg-type]  # its type is newer than torch 2.8
             timeout=limit,
         )
         ranks = {rank: rank for rank in range(place.world_size)}
