@@ -20,7 +20,7 @@ from tokasaurus.bench.peers.workloads import Request
 from tokasaurus.model.backend.cpu.compiled import CompiledAttention
 from tokasaurus.model.backend.cpu.sampling import CompiledSampling
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 
 @pytest.fixture(scope="module")

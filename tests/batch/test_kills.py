@@ -70,6 +70,7 @@ def test_a_directory_that_cannot_be_created_is_refused(tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("num_kills", "num_lines", "max_seqs"),
     [(1, 60, 4), pytest.param(20, 6000, 64, marks=pytest.mark.long)],
@@ -125,6 +126,7 @@ def wait_for_answers(client: openai.OpenAI, batch_id: str, number: int) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 def test_an_engine_is_refused_a_directory_that_another_process_uses(tmp_path):
     data_dir = tmp_path / "data"
     store = JobStore(data_dir)
