@@ -257,12 +257,12 @@ bench: install
 GPU_VENV := $(if $(wildcard gpu-bundle/install.sh),.venv-gpu,$(VENV))
 
 gpu-check: $(GPU_VENV)/.installed
-	@PYTHONPATH=$(CURDIR) $(GPU_VENV)/bin/python tests/gpu_check.py $(ARGS)
+	@PATH="$(abspath $(GPU_VENV))/bin:$$PATH" PYTHONPATH=$(CURDIR) \
+	    $(GPU_VENV)/bin/python -u tests/gpu_check.py $(ARGS)
 
 .venv-gpu/.installed: gpu-bundle/install.sh
 	@echo "==> installing gpu-bundle in .venv-gpu"
-	@$(PYTHON) -m venv --clear --system-site-packages .venv-gpu
-	@gpu-bundle/install.sh .venv-gpu/bin/python
+	@gpu-bundle/install.sh $(PYTHON) .venv-gpu
 	@touch $@
 
 gpu-bundle: install
