@@ -4,6 +4,7 @@ is answered exactly once."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import signal
@@ -48,6 +49,10 @@ def test_kills_at_random_moments(tmp_path, num_kills):
 def test_a_kill_right_after(tmp_path, moment):
     batch_id = new_batch(tmp_path, 100)
     assert exit_status(tmp_path, moment) == -signal.SIGKILL
+    has_answers = bool(list((tmp_path / "answers").iterdir()))
+    assert has_answers == (CRASHES[moment].status != "validating")
+    with contextlib.closing(JobStore(tmp_path)) as store:
+        assert store.batch(batch_id).status == CRASHES[moment].status
     asyncio.run(run(tmp_path))
     check(tmp_path, batch_id, 100)
 
