@@ -69,7 +69,9 @@ class CudaGraphs:
                 result = work()
         except Exception as error:
             # Once something cannot be recorded, to end the recording fails, too, and says less.
-            raise error.__context__ or error
+            if error.__context__ is None:
+                raise
+            raise error.__context__ from None
         return graph, result
 
 
