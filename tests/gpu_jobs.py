@@ -12,6 +12,7 @@ runs the job that the file JOB holds.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import signal
@@ -168,6 +169,7 @@ def _called(job: Job) -> Outcome:
 
 
 def _main(job: str, result: str) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     outcome = _called(pickle.loads(Path(job).read_bytes()))
     written = Path(f"{result}.part")
     written.write_bytes(pickle.dumps(outcome))

@@ -266,7 +266,11 @@ def _busy_shares(device: str) -> Iterator[list[float]]:
     if device != "cuda" or program is None:
         yield shares
         return
-    words = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"-lms={_SAMPLE_MS}"]
+    words = [
+        "--query-gpu=utilization.gpu",
+        "--format=csv,noheader,nounits",
+        f"--loop-ms={_SAMPLE_MS}",
+    ]
     process = subprocess.Popen(
         [program, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
