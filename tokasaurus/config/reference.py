@@ -55,7 +55,7 @@ toka model=meta-llama/Llama-3.2-1B-Instruct port=8080 kv_cache_num_tokens='(128 
 | `.uvsh` | `uvicorn_log_level=warning` |
 | `.dmanager`, `.dmodel` | `local_proc_name=manager` or `model`, which runs in the foreground |
 | `.par(dp=2, pp=2, tp=1)` | `dp_size`, `pp_size` and `tp_size` |
-| `--show` | print the configuration as YAML, which `config=` reads back, and exit |
+| `--show` | print the configuration as YAML, which `config=` reads back, and exit: with status 2 and the errors if an engine would not start with it |
 | `--show-memory` | print what takes how much memory, as a table, and exit (`toka` only) |
 | `--version` | print the version and exit |
 | `--help`, `-h` or just `help` | print the help and exit |
