@@ -59,7 +59,30 @@ def test_warnings_restarts_and_the_end_are_lines_too(tmp_path):
                 eventually(lambda: "restart: done" in engine.log, "the restart", 120)
         engine.signal(signal.SIGTERM)
         assert engine.wait_exit(30) == 0
-        assert engine.json_log(process="toka", level="INFO")
+        told = [
+            (line["process"], line["message"])
+            for line in engine.json_log(level="INFO")
+            if line["process"] in ("toka", "server") and "status" not in line
+        ]
+    expected = [
+        ("toka", "process id"),
+        ("server", "process id"),
+        ("server", "ready: "),
+        ("toka", "restart: engine 2 starts beside engine 1"),
+        ("server", "process id"),
+        ("server", "ready: "),
+        ("toka", "restart: engine 2 serves; engine 1 takes no more connections, and finishes"),
+        ("server", "engine 1 leaves files and batches to engine 2"),
+        ("server", "engine 2 has the files and batches now"),
+        ("toka", "engine 1 has ended"),
+        ("toka", "restart: done"),
+        ("server", "draining"),
+        ("toka", "engine 2 has ended"),
+    ]
+    assert len(told) == len(expected), told
+    for (process, message), (role, words) in zip(told, expected, strict=True):
+        assert process == role, told
+        assert message.startswith(words), told
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
