@@ -59,30 +59,40 @@ def test_warnings_restarts_and_the_end_are_lines_too(tmp_path):
                 eventually(lambda: "restart: done" in engine.log, "the restart", 120)
         engine.signal(signal.SIGTERM)
         assert engine.wait_exit(30) == 0
-        told = [
-            (line["process"], line["message"])
-            for line in engine.json_log(level="INFO")
-            if line["process"] in ("toka", "server") and "status" not in line
-        ]
-    expected = [
-        ("toka", "process id"),
-        ("server", "process id"),
-        ("server", "ready: "),
-        ("toka", "restart: engine 2 starts beside engine 1"),
-        ("server", "process id"),
-        ("server", "ready: "),
-        ("toka", "restart: engine 2 serves; engine 1 takes no more connections, and finishes"),
-        ("server", "engine 1 leaves files and batches to engine 2"),
-        ("server", "engine 2 has the files and batches now"),
-        ("toka", "engine 1 has ended"),
-        ("toka", "restart: done"),
-        ("server", "draining"),
-        ("toka", "engine 2 has ended"),
-    ]
-    assert len(told) == len(expected), told
-    for (process, message), (role, words) in zip(told, expected, strict=True):
-        assert process == role, told
-        assert message.startswith(words), told
+        said = {
+            role: [
+                line["message"]
+                for line in engine.json_log(level="INFO", process=role)
+                if "status" not in line
+            ]
+            for role in ("toka", "server")
+        }
+    check_each_begins(
+        said["toka"],
+        "process id",
+        "restart: engine 2 starts beside engine 1",
+        "restart: engine 2 serves; engine 1 takes no more connections, and finishes",
+        "engine 1 has ended",
+        "restart: done",
+        "engine 2 has ended",
+    )
+    # These are of two processes.
+    check_each_begins(
+        sorted(said["server"]),
+        "draining",
+        "engine 1 leaves files and batches to engine 2",
+        "engine 2 has the files and batches now",
+        "process id",
+        "process id",
+        "ready: ",
+        "ready: ",
+    )
+
+
+def check_each_begins(messages, *beginnings):
+    assert len(messages) == len(beginnings), messages
+    for message, words in zip(messages, beginnings, strict=True):
+        assert message.startswith(words), messages
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
