@@ -255,7 +255,7 @@ gpu-check: $(GPU_VENV)/.installed
 
 .venv-gpu/.installed: gpu-bundle/install.sh
 	@echo "==> installing gpu-bundle in .venv-gpu"
-	@gpu-bundle/install.sh $(PYTHON) .venv-gpu
+	@sh gpu-bundle/install.sh $(PYTHON) .venv-gpu
 	@touch $@
 
 gpu-bundle: install
