@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-import time
 from dataclasses import replace
 
 import gpu_check
@@ -15,6 +14,7 @@ import gpu_speed
 import pytest
 import torch
 from checkpoints import make_checkpoint
+from engine_process import eventually
 from gpu_job_samples import aborts, hangs, refuses, sums
 from gpu_jobs import Job, run_here, run_in_processes
 
@@ -24,7 +24,7 @@ from tokasaurus.bench.peers.workloads import Request
 from tokasaurus.model.backend.cpu.compiled import CompiledAttention
 from tokasaurus.model.backend.cpu.sampling import CompiledSampling
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 
 @pytest.fixture(scope="module")
@@ -313,14 +313,15 @@ def test_a_job_that_hangs_is_ended_in_time(tmp_path):
 
 
 def test_nvidia_smi_says_how_long_kernels_ran(tmp_path, monkeypatch):
-    program = tmp_path / "nvidia-smi"
+    program, told = tmp_path / "nvidia-smi", tmp_path / "told"
     program.write_text(
-        "#!/bin/sh\nfor i in 0 90 98 97 99 96 95 98 97 2; do echo $i; done\nexec sleep 30\n"
+        "#!/bin/sh\nfor i in 0 90 98 97 99 96 95 98 97 2; do echo $i; done\n"
+        f": > {told}\nexec sleep 30\n"
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with gpu_speed._busy_shares("cuda") as shares:
-        time.sleep(0.3)
+        eventually(told.exists, "ten shares")
     assert shares == [0.9, 0.98, 0.97, 0.99, 0.96, 0.95, 0.98, 0.97]
     with gpu_speed._busy_shares("cpu") as shares:
         pass

@@ -23,9 +23,12 @@ FILES = {
     "tokenizer.json": b"[]",
     "model.safetensors": b"weights",
     "merges.txt": b"a b",
+    "chat_template.jinja": b"{{ messages }}",
     "pytorch_model.bin": b"pickle",
     "original/consolidated.safetensors": b"the weights again",
 }
+READ = {"config.json", "tokenizer.json", "model.safetensors", "merges.txt", "chat_template.jinja"}
+"""Those of them that an engine reads."""
 
 
 class FakeHub(QuietServer):
@@ -122,17 +125,12 @@ def names_in(directory):
 
 
 @pytest.mark.engine
-def test_toka_download_fetches_weights_and_json(hub, python):
+def test_toka_download_fetches_what_an_engine_reads(hub, python):
     done = python(*DOWNLOAD, "model=org/tiny", HF_ENDPOINT=hub.url)
     assert done.returncode == 0, done.stderr
     directory = Path(done.stdout.strip())
     assert (directory / "model.safetensors").read_bytes() == b"weights"
-    assert names_in(directory) == {
-        "config.json",
-        "tokenizer.json",
-        "model.safetensors",
-        "original/consolidated.safetensors",
-    }
+    assert names_in(directory) == READ
 
 
 @pytest.mark.engine
@@ -147,12 +145,7 @@ def test_a_model_is_downloaded_once(hub, python):
     first = python(*FIND, "org/tiny", HF_ENDPOINT=hub.url)
     assert first.returncode == 0, first.stderr
     directory = Path(first.stdout.strip())
-    assert names_in(directory) == {
-        "config.json",
-        "tokenizer.json",
-        "model.safetensors",
-        "merges.txt",
-    }
+    assert names_in(directory) == READ
     hub.failing = True
     again = python(*FIND, "org/tiny", HF_ENDPOINT=hub.url)
     assert again.stdout == first.stdout
