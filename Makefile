@@ -181,16 +181,18 @@ test-traces: install
 
 # An environment of its own: Triton's interpreter needs an older numpy than constraints.txt has, and
 # with Triton installed torch takes other ways. It has the packages of the usual one, except for these.
+# Of CUDA it has headers, with which FlashInfer's planner is compiled for the host.
 CUDA_STAMP := .venv-cuda/.installed
 
-$(CUDA_STAMP): $(STAMP)
+$(CUDA_STAMP): $(STAMP) Makefile
 	@echo "==> installing Triton and FlashInfer in .venv-cuda (about 1 GB)"
 	@test -x .venv-cuda/bin/python || $(BIN)/python -m venv .venv-cuda
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > $$(.venv-cuda/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/usual.pth
 	@.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    triton==3.6.0 'numpy<2.4' \
-	    flashinfer-python==0.6.14 apache-tvm-ffi==0.1.15.post2 nvidia-ml-py==13.615.71
+	    flashinfer-python==0.6.14 apache-tvm-ffi==0.1.15.post2 nvidia-ml-py==13.615.71 \
+	    nvidia-cuda-runtime==13.0.96 nvidia-cuda-crt==13.0.88
 	@touch $@
 
 test-cuda: $(CUDA_STAMP)
@@ -262,7 +264,7 @@ gpu-check: $(GPU_VENV)/.installed
 
 .venv-gpu/.installed: gpu-bundle/install.sh
 	@echo "==> installing gpu-bundle in .venv-gpu"
-	@gpu-bundle/install.sh $(PYTHON) .venv-gpu
+	@sh gpu-bundle/install.sh $(PYTHON) .venv-gpu
 	@touch $@
 
 gpu-bundle: install

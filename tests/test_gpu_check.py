@@ -132,7 +132,11 @@ def test_kernels_that_compute_the_same_pass(few_shapes):
         result, failures = outcomes.pop(f"attention=compiled, kernels in {dtype}")
         assert re.fullmatch(r"attention [\d.e-]+, operators [\d.e-]+ of [\d.e-]+", result)
         assert failures == []
-    assert outcomes == {"attention=compiled, draws": ("0 of 540 drawn tokens differ", [])}
+    assert outcomes.pop("attention=compiled, draws") == ("0 of 540 drawn tokens differ", [])
+    ((what, (result, failures)),) = outcomes.items()
+    assert what == "attention=compiled, large batches"
+    assert re.fullmatch(r"[\d.e-]+, [\d.e-]+ of 0.03", result)
+    assert failures == []
 
 
 def test_kernels_that_compute_something_else_fail(few_shapes, monkeypatch):
@@ -145,8 +149,11 @@ def test_kernels_that_compute_something_else_fail(few_shapes, monkeypatch):
     for dtype in ("float32", "float16", "bfloat16"):
         _, (failure,) = outcomes.pop(f"attention=compiled, kernels in {dtype}")
         assert failure.startswith("attention of batch")
-    ((_, (failure,)),) = outcomes.values()
+    _, (failure,) = outcomes.pop("attention=compiled, draws")
     assert "drawn tokens differ" in failure
+    ((result, (failure,)),) = outcomes.values()
+    assert result == "nan, nan of 0.03"
+    assert "differs by nan" in failure
 
 
 def test_flashinfer_builds_one_kind_of_kernels_unless_all_are_asked_for():
@@ -156,8 +163,9 @@ def test_flashinfer_builds_one_kind_of_kernels_unless_all_are_asked_for():
         jobs = gpu_kernels.kernel_jobs("cuda", **options)
         return [job.arguments[2:] for job in jobs if job.arguments[0] == "flashinfer"]
 
-    assert jobs(builds_all=False) == [(torch.bfloat16, (64,)), ()]
-    assert jobs(builds_all=True) == [(torch.float16, None), (torch.bfloat16, None), ()]
+    large = (1500, 64, 1 << 31)
+    assert jobs(builds_all=False) == [(torch.bfloat16, (64,)), (), large]
+    assert jobs(builds_all=True) == [(torch.float16, None), (torch.bfloat16, None), (), large]
     first, *_ = gpu_kernels.kernel_jobs("cuda", builds_all=False)
     assert first.arguments[0] == "flashinfer"
 
