@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _BROADCAST_BYTES = 256 << 20
 _LOOK_S = 0.05
+_END_S = 5.0  # more than a thread needs to see that its group is not wanted
 
 
 class BroadcastSender(WeightsSender):
@@ -139,7 +140,7 @@ class BroadcastSender(WeightsSender):
             self._group = making.result(self._watched)
             self._watched.result()
         except BaseException:
-            making.is_wanted = False
+            making.end()
             self._leave()
             raise
         log.info("%d workers are in the group %s", firsts[-1] - 1, self._name)
@@ -193,18 +194,17 @@ class BroadcastSender(WeightsSender):
 
 
 class _Making:
-    """Makes a group in a thread, while the engines are asked to join it.
-
-    Attributes:
-        is_wanted: False lets the thread end, at the latest when its time is up.
-    """
+    """Makes a group in a thread, while the engines are asked to join it."""
 
     def __init__(self, place: GroupPlace, timeout_s: float, is_awaited: Any) -> None:
-        self.is_wanted = True
+        self._is_wanted = True
         self._port: Future[int] = Future()
         self._group: Future[WeightsGroup] = Future()
         self._is_awaited = is_awaited
-        threading.Thread(target=self._run, args=(place, timeout_s), daemon=True).start()
+        self._thread = threading.Thread(
+            target=self._run, args=(place, timeout_s), name="weights-group", daemon=True
+        )
+        self._thread.start()
 
     def port(self) -> int:
         """Where the trainer listens."""
@@ -217,12 +217,20 @@ class _Making:
             time.sleep(_LOOK_S)
         return self._group.result()
 
+    def end(self) -> None:
+        """The group is not wanted any more. The thread ends soon.
+
+        A program that ends while a thread waits within torch may be aborted.
+        """
+        self._is_wanted = False
+        self._thread.join(_END_S)
+
     def _run(self, place: GroupPlace, timeout_s: float) -> None:
         try:
             group = WeightsGroup(
                 place,
                 timeout_s,
-                lambda: self.is_wanted and bool(self._is_awaited()),
+                lambda: self._is_wanted and bool(self._is_awaited()),
                 self._port.set_result,
             )
         except Exception as error:
@@ -231,7 +239,7 @@ class _Making:
             self._group.set_exception(error)
             return
         self._group.set_result(group)
-        if not self.is_wanted:
+        if not self._is_wanted:
             group.close()
 
 
