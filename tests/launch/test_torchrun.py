@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch.distributed
 from engine_process import EngineProcess, eventually
+from ports import held_port
 
 from tokasaurus import LLM, SamplingParams
 from tokasaurus.config.engine import EngineConfig
@@ -54,26 +55,28 @@ FP32 = "dtype=float32"
 MODULE = "tokasaurus.launch.torchrun"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Where the ranks meet."""
+    with held_port() as held:
+        yield held
 
 
-def torchrun(num_ranks: int) -> tuple[str, ...]:
+def torchrun(num_ranks: int, port: int) -> tuple[str, ...]:
     return (
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"),
-        *("--master-addr=127.0.0.1", f"--master-port={free_port()}", "-m", MODULE),
+        *("--master-addr=127.0.0.1", f"--master-port={port}", "-m", MODULE),
     )
 
 
 class Srun:
     """Ranks as srun starts them: an engine with rank 0, and processes with the others."""
 
-    def __init__(self, directory: Path, world_size: int, *flags: str) -> None:
+    def __init__(self, directory: Path, port: int, world_size: int, *flags: str) -> None:
         self._variables = {
             "SLURM_NTASKS": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_PORT": str(port),
         }
         self.engine = EngineProcess(
             directory / "toka.log",
@@ -105,8 +108,8 @@ class Srun:
 
 
 @pytest.fixture
-def srun(tmp_path: Path) -> Iterator[Srun]:
-    ranks = Srun(tmp_path, 2, "dp_size=2")
+def srun(tmp_path: Path, port: int) -> Iterator[Srun]:
+    ranks = Srun(tmp_path, port, 2, "dp_size=2")
     try:
         ranks.engine.wait_ready()
         yield ranks
@@ -144,8 +147,8 @@ def of_one_device() -> str:
         pytest.param(("pp_size=2", "tp_size=2"), marks=pytest.mark.long),
     ],
 )
-def test_torchrun_starts_an_engine_that_serves_and_drains(tmp_path, sizes):
-    program = torchrun(2 ** len(sizes))
+def test_torchrun_starts_an_engine_that_serves_and_drains(tmp_path, port, sizes):
+    program = torchrun(2 ** len(sizes), port)
     engine = EngineProcess(tmp_path / "toka.log", *FLAGS, FP32, *sizes, program=program)
     try:
         engine.wait_ready()
@@ -219,8 +222,8 @@ def test_a_process_that_dies_at_another_rank_is_started_again_there(srun, tmp_pa
 
 @pytest.mark.engine
 @pytest.mark.long
-def test_workers_that_share_layers_at_different_ranks_are_started_again_together(tmp_path):
-    srun = Srun(tmp_path, 4, "dp_size=2", "tp_size=2", FP32)
+def test_workers_that_share_layers_at_different_ranks_are_started_again_together(tmp_path, port):
+    srun = Srun(tmp_path, port, 4, "dp_size=2", "tp_size=2", FP32)
     engine = srun.engine
     try:
         engine.wait_ready()
