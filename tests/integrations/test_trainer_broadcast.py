@@ -223,6 +223,30 @@ def test_tensors_that_do_not_fit_are_refused_by_name(client, sender, kind, error
     assert client.weights.version().version == version.version + 1
 
 
+def test_what_an_engine_says_comes_after_its_worker_has_left_the_group(monkeypatch):
+    """Its answer goes through more processes than the end of the worker's connection."""
+
+    class Left:
+        def broadcast(self, tensor, timeout_s):
+            raise EngineError("another rank is gone")
+
+        def close(self):
+            pass
+
+    def refuse(question):
+        time.sleep(0.3)
+        return Answer.json({"error": {"message": "no such tensor"}}, 400)
+
+    with file_server() as engine:
+        for path in ("/start_weight_update", "/destroy_weights_update_group"):
+            engine.answers[path] = Answer.json({})
+        engine.answers["/update_weights_from_distributed"] = refuse
+        with BroadcastSender(engine.url, retry=NO_RETRY) as sender:
+            monkeypatch.setattr(sender, "_group", Left())
+            with pytest.raises(RequestError, match="no such tensor"):
+                sender.send({"x": torch.ones(2)})
+
+
 def test_weights_of_a_trainer_are_gone_after_a_release_until_the_next_update(client, sender):
     sender.send(noisy_model(8).state_dict())
     expected = tokens(client)

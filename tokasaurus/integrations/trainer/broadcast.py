@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from os import PathLike
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _BROADCAST_BYTES = 256 << 20
 _LOOK_S = 0.05
+# A worker that refuses leaves the group, and its engine says why a moment later.
+_REASON_S = 5.0
 _END_S = 5.0  # more than a thread needs to see that its group is not wanted
 
 
@@ -105,7 +108,7 @@ class BroadcastSender(WeightsSender):
             try:
                 group.broadcast(flat, self._timeout_s)
             except EngineError:
-                _raise_failure(receiving)  # the engine's reason says more
+                _raise_failure(receiving, _REASON_S)  # the engine's reason says more
                 raise
             receiving.result()
             num_bytes += len(flat)
@@ -243,9 +246,13 @@ class _Making:
             group.close()
 
 
-def _raise_failure(asked: Future[Any]) -> None:
-    """Raises what an engine has answered, if it has refused."""
-    if asked.done() and (error := asked.exception()) is not None:
+def _raise_failure(asked: Future[Any], wait_s: float = 0.0) -> None:
+    """Raises what an engine has answered, or answers soon, if it has refused."""
+    try:
+        error = asked.exception(wait_s)
+    except FutureTimeoutError:
+        return
+    if error is not None:
         raise error
 
 
