@@ -2,7 +2,8 @@
 #
 #   make serve         run the engine on the bundled model     make serve ARGS='model=DIR port=8080'
 #   make chat          talk to a running engine
-#   make test          run all tests but the heavy ones        make test ARGS='tests/manager -x'
+#   make test          run the unit tests, and those of one engine   make test ARGS='tests/manager -x'
+#   make test-processes  run engines of several processes, kill them, and start them by all programs
 #   make test-quick    run the unit tests only
 #   make test-long     run all tests, the heavy ones too
 #   make test-determinism  run 2,400 random batch compositions, on every instruction set
@@ -51,9 +52,10 @@ INSTALLED := not ray and not s3 and not verl and not clients and not triton and 
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
-        test-chaos test-restart test-ray test-verl test-clients test-sources test-traces test-cuda test-browser \
-        test-deploy test-monitoring test-systemd test-pythons docs bench gpu-check gpu-bundle dist clean
+.PHONY: help install serve chat check format test test-quick test-processes test-long test-determinism \
+        test-sets test-parallel test-chaos test-restart test-ray test-verl test-clients test-sources \
+        test-traces test-cuda test-browser test-deploy test-monitoring test-systemd test-pythons docs \
+        bench gpu-check gpu-bundle dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -89,6 +91,10 @@ test: install
 	@echo "==> pytest"
 	@$(PYTEST) $(ARGS)
 
+test-processes: install
+	@echo "==> pytest, several processes"
+	@$(PYTEST) -m 'processes and not long and $(INSTALLED)' $(ARGS)
+
 test-quick: install
 	@echo "==> pytest, unit tests only"
 	@$(PYTEST) -m 'not long and not engine and $(INSTALLED)' $(ARGS)
@@ -119,7 +125,8 @@ comma := ,
 
 test-parallel: install
 	@$(foreach grid,$(GRIDS),echo "==> $(grid)" && \
-	    OVERRIDES="$(subst $(comma), ,$(grid)) cpu_threads=1" $(PYTEST) $(END_TO_END) $(ARGS) &&) true
+	    OVERRIDES="$(subst $(comma), ,$(grid)) cpu_threads=1" $(PYTEST) -m 'not long and $(INSTALLED)' \
+        $(END_TO_END) $(ARGS) &&) true
 	@echo "==> the same answers, drained and stopped clean"
 	@$(PYTEST) tests/launch/test_parallel.py -m 'long or not long' $(ARGS)
 
@@ -250,12 +257,12 @@ bench: install
 GPU_VENV := $(if $(wildcard gpu-bundle/install.sh),.venv-gpu,$(VENV))
 
 gpu-check: $(GPU_VENV)/.installed
-	@PYTHONPATH=$(CURDIR) $(GPU_VENV)/bin/python tests/gpu_check.py $(ARGS)
+	@PATH="$(abspath $(GPU_VENV))/bin:$$PATH" PYTHONPATH=$(CURDIR) \
+	    $(GPU_VENV)/bin/python -u tests/gpu_check.py $(ARGS)
 
 .venv-gpu/.installed: gpu-bundle/install.sh
 	@echo "==> installing gpu-bundle in .venv-gpu"
-	@$(PYTHON) -m venv --clear --system-site-packages .venv-gpu
-	@gpu-bundle/install.sh .venv-gpu/bin/python
+	@gpu-bundle/install.sh $(PYTHON) .venv-gpu
 	@touch $@
 
 gpu-bundle: install

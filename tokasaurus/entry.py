@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from tokasaurus.commands import COMMANDS
 from tokasaurus.config.commands import run_command
 from tokasaurus.config.engine import EngineConfig
-from tokasaurus.config.parser import parse_command_line
+from tokasaurus.config.parser import drop_warning, log_format_of, parse_command_line
 from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.launch.keeping.keeper import Keeper
 from tokasaurus.launch.listening import listen
-from tokasaurus.observability.logging import configure_logging
+from tokasaurus.observability.logging import configure_logging, report_refusal
 
 __all__ = ["main", "run"]
 
@@ -33,13 +33,12 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     """
     answers = {"--show-memory": _show_memory}
     try:
-        # The engine reads the same words in a process of its own, and prints the warnings.
         config = parse_command_line(
-            arguments, environment, _explain, COMMANDS, answers, is_quiet=True
+            arguments, environment, _explain, COMMANDS, answers, drop_warning
         )
         listener = listen(config.host, config.port)
     except (ConfigError, ModelError) as error:
-        print(f"toka: error: {error}", file=sys.stderr)
+        report_refusal(str(error), log_format_of(arguments, environment))
         return 2
     configure_logging("toka", config.log_level, config.log_format)
     return Keeper(arguments, config.host, listener).run()

@@ -23,7 +23,7 @@ from tokasaurus.errors import ConfigError, Conflict, EngineError, RequestError
 from tokasaurus.integrations.trainer import BroadcastSender, BucketSender
 from tokasaurus.weights_groups import GroupPlace, WeightsGroup
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 FLAGS = ("dtype=float32", "kv_cache_num_tokens=4096", "cpu_threads=1")
 TRAINER = Path(__file__).with_name("foreign_trainer.py")

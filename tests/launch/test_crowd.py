@@ -17,7 +17,7 @@ from tokasaurus.demo import MODEL_DIR
 from tokasaurus.model.facts import model_facts
 from tokasaurus.planner.configuration import simulated_slices
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 ROLES = ("server", "manager")
 

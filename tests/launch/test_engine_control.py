@@ -173,6 +173,7 @@ def test_memory_is_released_and_restored(engine):
         assert waiting.result() == before
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("path", ["/pause?mode=keep", "/sleep?mode=keep", "/pause?mode=wait"])
 def test_a_drain_does_not_wait_for_requests_that_a_pause_holds(own_engine, path):
     stream = Stream(own_engine)
@@ -209,6 +210,7 @@ def test_weights_that_diverged_do_not_end_the_engine(engine, other_weights):
     assert text(engine) == before
 
 
+@pytest.mark.processes
 def test_an_engine_whose_weights_are_gone_says_so_and_shuts_down_at_once(own_engine, other_weights):
     update = {"model_path": str(other_weights)}
     assert ask(own_engine, "POST /update_weights_from_disk", update)[0] == 200
@@ -225,6 +227,7 @@ def test_an_engine_whose_weights_are_gone_says_so_and_shuts_down_at_once(own_eng
         assert held.result()[0] == 503
 
 
+@pytest.mark.processes
 def test_weights_from_disk_while_requests_run(own_engine, other_weights):
     before = text(own_engine)
     stream = Stream(own_engine)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
-from engine_process import eventually, running
+from engine_process import eventually, running, started
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 FLAGS = ("log_format=json", "kv_cache_num_tokens=4096", "cpu_threads=1", "max_seqs_per_forward=16")
 
@@ -41,3 +44,51 @@ def test_a_process_that_dies_leaves_one_line_that_says_how(tmp_path):
         last = engine.json_log()[-1]
         assert last["level"] == "CRITICAL"
         assert last["message"].startswith("the worker ended: killed by SIGKILL")
+
+
+def test_warnings_restarts_and_the_end_are_lines_too(tmp_path):
+    flags = (*FLAGS, "host=0.0.0.0", "enable_chosen_logprobs=F", "use_cudagraphs=T")
+    with running(tmp_path, *flags) as engine:
+        warnings = ["host=0.0.0.0 lets", "enable_chosen_logprobs has no effect", "use_cudagraphs"]
+        for number in (1, 2):
+            lines = [line["message"] for line in engine.json_log(level="WARNING")]
+            for warning in warnings:
+                assert [line.startswith(warning) for line in lines].count(True) == number, lines
+            if number == 1:
+                engine.signal(signal.SIGUSR2)
+                eventually(lambda: "restart: done" in engine.log, "the restart", 120)
+        engine.signal(signal.SIGTERM)
+        assert engine.wait_exit(30) == 0
+        assert engine.json_log(process="toka", level="INFO")
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path):
+    with started(tmp_path, *FLAGS, f"model={tmp_path / 'gone'}") as engine:
+        assert engine.wait_exit(30) == 2
+        (line,) = engine.json_log(level="CRITICAL")
+    assert line["process"] == "toka"
+    assert "no such directory" in line["message"]
+
+
+def test_a_refused_command_line_is_a_line_if_it_says_that_lines_are_json(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("log_format: json\n")
+    rows = [
+        (["log_format=text", "prot=1"], {}),
+        (["log_format=jsn", "prot=1"], {}),
+        (["log_format=json", "prot=1"], {}),
+        (["prot=1", f"config={file}"], {}),
+        (["prot=1"], {"OVERRIDES": "log_format=json"}),
+        (["log_format=json", "host=nowhere.invalid"], {}),
+    ]
+    program = f"from tokasaurus.entry import run\nfor row in {rows!r}: print(run(*row))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == 6 * ["2"]
+    *text, _, _, _, _ = lines = done.stderr.splitlines()
+    assert [line.startswith("toka: error: unknown flag") for line in text] == [True, True]
+    logged = [json.loads(line) for line in lines[2:]]
+    assert [line["level"] for line in logged] == 4 * ["CRITICAL"], lines
+    assert all("unknown flag 'prot'" in line["message"] for line in logged[:3])
+    assert logged[3]["message"].startswith("cannot listen on host=nowhere.invalid")

@@ -34,7 +34,7 @@ from tokasaurus.protocol.messages import (
 from tokasaurus.protocol.role import Role
 from tokasaurus.protocol.watching import Outlook, Watch
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 SLICES = simulated_slices(EngineConfig(kv_cache_num_tokens=8192, log_level="WARNING"))
 

@@ -16,7 +16,7 @@ from text_cartridges import save_cartridge
 
 from tokasaurus.demo import MODEL_DIR
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 FLAGS = ("cpu_threads=1", "kv_cache_num_tokens=16384", "max_seqs_per_forward=64", "log_level=INFO")
 PROMPTS = ("A B C D", "one two one two", "The quick brown fox", "7 8 9", "x y z x y")

@@ -21,7 +21,7 @@ import openai
 import pytest
 from engine_process import EngineProcess, eventually, running, started
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 LONG = {"model": "m", "prompt": "A B C D", "max_tokens": 1500, "temperature": 1.0}
 # Several of these fit into the KV cache at once.

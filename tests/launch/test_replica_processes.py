@@ -19,7 +19,7 @@ import pytest
 from engine_process import EngineProcess, eventually
 from openai.types import Completion
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 T = TypeVar("T")
 

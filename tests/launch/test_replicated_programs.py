@@ -21,7 +21,7 @@ from tokasaurus import LLM, AsyncLLM, SamplingParams
 from tokasaurus.demo import MODEL_DIR
 from tokasaurus.errors import EngineDead, ModelError, RequestError
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 FLAGS = {"cpu_threads": 1, "kv_cache_num_tokens": 16384, "max_tokens_per_forward": 512}
 PROMPTS = ["A B C D A B C D A B", "Once upon a time", "one two one two", [5, 6, 7]] * 6

@@ -18,7 +18,7 @@ from steady_load import PROMPT, raw_answer
 
 from tokasaurus.demo import MODEL_DIR
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 SMALL = ("max_tokens_per_forward=256", "kv_cache_num_tokens=16384", "uvicorn_log_level=warning")
 

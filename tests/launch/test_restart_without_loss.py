@@ -12,7 +12,7 @@ import pytest
 from engine_process import EngineProcess, eventually, running
 from steady_load import PROMPT, RunningBatch, SteadyLoad, raw_answer
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 SMALL = ("max_tokens_per_forward=256", "kv_cache_num_tokens=16384", "uvicorn_log_level=warning")
 

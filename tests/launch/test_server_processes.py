@@ -16,7 +16,7 @@ import pytest
 from engine_process import EngineProcess, eventually, running
 from http_connections import Connection, one_to_each
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 FLAGS = (
     "max_seqs_per_forward=8",

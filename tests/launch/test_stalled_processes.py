@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from engine_process import EngineProcess, eventually, running
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 # Small batches: the time limit of a worker grows with its largest batch.
 FLAGS = ("stall_timeout_s=1", "max_tokens_per_forward=64", "max_seqs_per_forward=8")

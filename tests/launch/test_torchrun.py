@@ -135,6 +135,7 @@ def of_one_device() -> str:
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -164,6 +165,7 @@ def test_torchrun_starts_an_engine_that_serves_and_drains(tmp_path, sizes):
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 @pytest.mark.long
 def test_the_loss_of_a_rank_loses_no_request(srun):
     """The rank's machine is gone: its replica's requests go on at the other one."""
@@ -190,6 +192,7 @@ def test_the_loss_of_a_rank_loses_no_request(srun):
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 @pytest.mark.long
 def test_a_process_that_dies_at_another_rank_is_started_again_there(srun, tmp_path):
     engine = srun.engine
@@ -218,6 +221,7 @@ def test_a_process_that_dies_at_another_rank_is_started_again_there(srun, tmp_pa
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 @pytest.mark.long
 def test_workers_that_share_layers_at_different_ranks_are_started_again_together(tmp_path):
     srun = Srun(tmp_path, 4, "dp_size=2", "tp_size=2", FP32)
@@ -249,6 +253,7 @@ def test_workers_that_share_layers_at_different_ranks_are_started_again_together
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 @pytest.mark.long
 def test_the_end_of_rank_0_ends_the_others(srun):
     srun.engine.process.kill()

@@ -32,6 +32,19 @@ try:
 except ZeroDivisionError:
     log.exception("an error with umlaut \\u00e4")
 warnings.warn("old", DeprecationWarning, stacklevel=1)
+library = logging.getLogger("library_with_a_handler")
+library.addHandler(logging.StreamHandler())
+library.propagate = False
+library.warning("said by its handler")
+sys.stderr.write("written in ")
+print("two pieces", file=sys.stderr)
+for percent in range(0, 101, 50):
+    sys.stderr.write(f"\\rdone: {percent}%")
+    sys.stderr.flush()
+sys.stderr.write("\\n\\n")
+log.info("no mapping key in %(this)s", 1)
+configure_logging("worker-1", "info", sys.argv[1])  # once more
+print("at last", file=sys.stderr)
 thread = threading.Thread(target=lambda: [][1], name="lifeline")
 thread.start()
 thread.join()
@@ -82,6 +95,10 @@ def test_json_lines_are_objects_whatever_a_process_says():
     assert by_message["another process ended"]["traceback"].startswith("Traceback of another")
     assert by_message["an error with umlaut ä"]["traceback"].endswith("division by zero")
     assert any("DeprecationWarning: old" in message for message in by_message)
+    printed = [line["message"] for line in lines if line["logger"] == "stderr"]
+    assert printed[:3] == ["said by its handler", "written in two pieces", "done: 100%"]
+    assert any("KeyError: 'this'" in line or "TypeError" in line for line in printed)
+    assert printed[-1] == "at last"
     in_thread = by_message["the thread lifeline ended with an error"]
     assert "IndexError" in in_thread["traceback"]
     assert "KeyError: 'at the end'" in lines[-1]["traceback"]

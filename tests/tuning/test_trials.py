@@ -43,6 +43,7 @@ def trials_of(owner):
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 def test_a_trial_generates_what_the_workload_asks_and_its_process_ends():
     measured = run_trial(task(SHAPE), ready_s=120, run_s=120)
     assert measured.problem == ""
@@ -54,6 +55,7 @@ def test_a_trial_generates_what_the_workload_asks_and_its_process_ends():
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 def test_a_trial_that_takes_too_long_is_ended():
     measured = run_trial(task(ENDLESS), ready_s=120, run_s=0.5)
     assert (measured.is_late, measured.problem) == (True, "had not run the workload after 0 s")
@@ -84,6 +86,7 @@ def test_flags_that_no_engine_takes_are_the_problem_of_a_trial():
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 def test_a_trial_ends_with_its_owner():
     program = f"""
         from tokasaurus.planner.demand import demand_of_shape

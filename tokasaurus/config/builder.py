@@ -97,6 +97,10 @@ class Builder(Generic[C]):
         finally:
             self._source = before
 
+    def value_of(self, name: str) -> Any:
+        """The value of a flag so far, or its default."""
+        return self._values.get(name, self._schema.find(name).default)
+
     def finish(self) -> Parsed[C]:
         """Makes the instance.
 

@@ -6,6 +6,7 @@ environment variable ``OVERRIDES``, warnings, and the exit status of a wrong com
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -24,6 +25,8 @@ from tokasaurus.version import __version__
 
 __all__ = [
     "answer_question",
+    "drop_warning",
+    "log_format_of",
     "parse",
     "parse_command_line",
     "parse_or_exit",
@@ -40,6 +43,9 @@ Explain: TypeAlias = Callable[[C], Sequence[str]]
 Answers: TypeAlias = Mapping[str, Callable[[C], str]]
 """Words that ask about a configuration, such as ``--show-memory``, and what answers them."""
 
+Warn: TypeAlias = Callable[[str], None]
+"""Takes one warning."""
+
 
 def parse_command_line(
     arguments: Sequence[str],
@@ -47,13 +53,12 @@ def parse_command_line(
     explain: Explain[EngineConfig] | None = None,
     commands: Mapping[str, str] | None = None,
     answers: Answers[EngineConfig] | None = None,
-    *,
-    is_quiet: bool = False,
+    warn: Warn | None = None,
 ) -> EngineConfig:
     """Reads the command line of ``toka``.
 
     The words of the environment variable OVERRIDES, split as a shell splits them, count as if they
-    followed the arguments. Warnings go to standard error unless ``is_quiet``. ``--show`` adds what
+    followed the arguments. Warnings go to ``warn``, or to standard error. ``--show`` adds what
     ``explain`` says; its errors come after the flags are printed. ``--help`` lists the program's
     ``commands``.
 
@@ -64,7 +69,21 @@ def parse_command_line(
     """
     schema = dataclasses.replace(ENGINE, commands=commands or {})
     overrides = environment.get("OVERRIDES", "")
-    return parse(schema, arguments, overrides, explain, answers, is_quiet=is_quiet)
+    return parse(schema, arguments, overrides, explain, answers, warn)
+
+
+def drop_warning(line: str) -> None:
+    """Takes a warning in a program whose engine reads the same words, and logs it."""
+
+
+def log_format_of(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """What ``log_format`` is in a command line of ``toka``, though other flags may be wrong."""
+    builder = Builder(ENGINE)
+    reader = Reader(ENGINE, builder, ())
+    reader.read(arguments)
+    with contextlib.suppress(ValueError):
+        reader.read(shlex.split(environment.get("OVERRIDES", "")))
+    return str(builder.value_of("log_format"))
 
 
 def parse_or_exit(schema: Schema[C], arguments: Sequence[str]) -> C:
@@ -82,8 +101,7 @@ def parse(
     overrides: str = "",
     explain: Explain[C] | None = None,
     answers: Answers[C] | None = None,
-    *,
-    is_quiet: bool = False,
+    warn: Warn | None = None,
 ) -> C:
     """Reads a command line of any schema; see :func:`parse_command_line`."""
     if answer_question(arguments, partial(print_help, schema)):
@@ -100,8 +118,11 @@ def parse(
     with builder.reading("OVERRIDES"):
         reader.read(words)
     parsed = builder.finish()
-    for line in () if is_quiet else parsed.warnings:
-        print(f"{schema.program}: warning: {line}", file=sys.stderr)
+    for line in parsed.warnings:
+        if warn is None:
+            print(f"{schema.program}: warning: {line}", file=sys.stderr)
+        else:
+            warn(line)
     if not reader.asked:
         return parsed.value
     if "--show" in reader.asked:

@@ -12,6 +12,7 @@ import socket
 import sys
 
 from tokasaurus.launch.lifeline import Assignment, Lifeline
+from tokasaurus.launch.process import end_process
 from tokasaurus.launch.roles import run_role
 
 
@@ -31,4 +32,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 
 from tokasaurus.config.engine import EngineConfig
-from tokasaurus.config.parser import parse_command_line
+from tokasaurus.config.parser import log_format_of, parse_command_line
 from tokasaurus.config.slices import EngineSlices
 from tokasaurus.errors import ConfigError, LaunchError, ModelError
 from tokasaurus.launch.assemble import explain
@@ -20,8 +20,11 @@ from tokasaurus.launch.launching import MakeLauncher, placed
 from tokasaurus.launch.listening import listen
 from tokasaurus.launch.processes import Launcher
 from tokasaurus.launch.supervisor import Supervisor
+from tokasaurus.observability.logging import configure_logging, report_refusal
 
 __all__ = ["run_alone", "run_below"]
+
+log = logging.getLogger(__name__)
 
 
 def run_alone(
@@ -38,13 +41,12 @@ def run_alone(
         The exit status: 0 after a drain, 1 if a process died, 2 if the configuration is wrong.
     """
     try:
-        config = with_keys(parse_command_line(arguments, environment, explain), environment)
-        check_certificate(config)
+        config = _read(arguments, environment)
         listener = listen(config.host, config.port)
         config = _on_port_of(listener, config)
         slices, launcher = placed(config, make_launcher)
     except (ConfigError, LaunchError, ModelError) as error:
-        print(f"toka: error: {error}", file=sys.stderr)
+        report_refusal(str(error), log_format_of(arguments, environment))
         return 2
     return _run(config, slices, listener, launcher)
 
@@ -63,8 +65,7 @@ def run_below(begin: Begin, environment: Mapping[str, str], keeper: KeeperEnd) -
     listener = socket.socket(fileno=begin.listener_fd)
     words, environment = words_of(begin, environment)
     try:
-        config = with_keys(parse_command_line(words, environment, explain), environment)
-        check_certificate(config)
+        config = _read(words, environment)
         if begin.predecessor is None:
             config = _on_port_of(listener, config)
             slices, launcher = placed(config)
@@ -74,10 +75,26 @@ def run_below(begin: Begin, environment: Mapping[str, str], keeper: KeeperEnd) -
             slices, launcher = placed_beside(config, begin.predecessor)
     except (ConfigError, LaunchError, ModelError) as error:
         keeper.send(CannotServe(str(error)))
-        if begin.predecessor is None:  # otherwise the keeper logs it, in the log's format
-            print(f"toka: error: {error}", file=sys.stderr)
+        if begin.predecessor is None:  # otherwise the keeper logs it
+            report_refusal(str(error), log_format_of(words, environment))
         return 2
     return _run(config, slices, listener, launcher, keeper)
+
+
+def _read(words: Sequence[str], environment: Mapping[str, str]) -> EngineConfig:
+    """Reads a command line, begins the log, and logs what there is to warn of.
+
+    Raises:
+        ConfigError: a flag, a file of keys or a certificate is wrong.
+    """
+    warnings: list[str] = []
+    config = parse_command_line(words, environment, explain, warn=warnings.append)
+    configure_logging("toka", config.log_level, config.log_format)
+    for line in warnings:
+        log.warning("%s", line)
+    config = with_keys(config, environment)
+    check_certificate(config)
+    return config
 
 
 def _on_port_of(listener: socket.socket, config: EngineConfig) -> EngineConfig:
@@ -94,12 +111,12 @@ def _run(
 ) -> int:
     warning = open_door_warning(config, listener.getsockname()[0])
     if warning is not None:
-        print(f"toka: warning: {warning}", file=sys.stderr)
+        log.warning("%s", warning)
     try:
         return Supervisor(slices, listener, launcher=launcher, keeper=keeper).run()
     except LaunchError as error:
         if keeper is not None:
             keeper.send(CannotServe(str(error)))
         if keeper is None or not keeper.succession.follows:
-            print(f"toka: error: {error}", file=sys.stderr)
+            report_refusal(str(error), config.log_format)
         return 1

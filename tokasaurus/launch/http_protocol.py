@@ -10,6 +10,9 @@ No time passes while the server does not read, because it has enough of a body o
 
 A head has at most 64 KiB: its lines are counted as they are parsed, since one read may bring more
 than one request, and what is not a whole line yet is counted by the read.
+
+When the web server retires, a connection moves to another process between two requests. What has
+come of the next request moves with it.
 """
 
 from __future__ import annotations
@@ -67,7 +70,8 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0  # of the lines of the head that are parsed
         self._error: TokasaurusError | None = None  # found while a head is parsed
         self._turned = False  # it awaits something else since the last data came
-        self._pipelines = False  # the client has sent a request before it had its answer
+        self._body_bytes = 0  # of the last request that has begun, so far
+        self._held = b""  # has come after the last request before the connection moves
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -79,6 +83,38 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if not (self.retirement.has_begun and self._can_move):
+            self._read(data)
+            return
+        self._held += data
+        if self._has_begun:
+            self._read_request()
+        self.retire()
+
+    def _read_request(self) -> None:
+        """Reads what is held up to the end of one request."""
+        held, self._held = self._held, b""
+        start = 0
+        while start < len(held) and not self.transport.is_closing():
+            end = self._end_of_piece(held, start)
+            self._read(held[start:end])
+            start = end
+            if self._awaits is _Awaits.NOTHING:
+                break
+        self._held = held[start:]
+
+    def _end_of_piece(self, data: bytes, start: int) -> int:
+        """The end of a piece in which no second request begins, since the parser reads all of it.
+
+        A request ends with a line, or with the last byte of a body of known length.
+        """
+        if self._awaits is _Awaits.BODY:
+            for name, value in self.headers:
+                if name == b"content-length":
+                    return start + max(1, int(value) - self._body_bytes)
+        return data.find(b"\n", start) + 1 or len(data)
+
+    def _read(self, data: bytes) -> None:
         self._turned = False
         super().data_received(data)
         if self._awaits is _Awaits.NOTHING and self._is_idle:  # bytes between two requests
@@ -97,7 +133,6 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_bytes = 0
-        self._pipelines = self._pipelines or not self._is_idle
         if self._awaits is _Awaits.NOTHING:
             self._await(_Awaits.HEAD)
 
@@ -120,8 +155,13 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self._await(_Awaits.BODY)
+        self._body_bytes = 0
         if self.retirement.has_begun:
             self.retire()
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        super().on_body(body)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -131,19 +171,21 @@ class Connection(HttpToolsProtocol):
     def retire(self) -> None:
         """Moves the connection to another process if it can, and otherwise lets it end in peace.
 
-        The answer to its present request then says that it closes. A client that has the head of an
-        answer without ``Connection: close`` may have sent its next request before it can see the
-        connection close. So such a connection stays open for one more, or until it has been idle
-        for too long.
+        Requests that have begun are answered before it moves. A client may send the next one before
+        it has these answers, and so on, so no further one begins here.
+
+        If it cannot move, the answer to its last request says that it closes. A client that has the
+        head of an answer without ``Connection: close`` may have sent its next request before it can
+        see the connection close. So such a connection stays open for one more, or until it has been
+        idle for too long.
         """
         if self._may_move:
             self._move()
-        elif self._can_move and self._pipelines and self._awaits is _Awaits.NOTHING:
-            # The next request would be here before the last answer is complete, and so on. What is
-            # here is answered, and then the connection moves; the rest waits in the system.
-            # Not by ``flow``, which reads on as soon as a request asks for its body.
-            self.transport.pause_reading()
-        elif not self._can_move and not self._is_idle and not self.cycle.response_started:
+        elif self._can_move:
+            if self._held:  # more waits in the system
+                # Not by ``flow``, which reads on as soon as a request asks for its body.
+                self.transport.pause_reading()
+        elif not self._is_idle and not self.cycle.response_started:
             self.cycle.keep_alive = False
 
     @property
@@ -152,15 +194,19 @@ class Connection(HttpToolsProtocol):
         return self.retirement.heirs is not None and self._is_plain
 
     @property
-    def _may_move(self) -> bool:
-        """Whether nothing of a request or of an answer is in this process now."""
-        has_begun = self._awaits is _Awaits.BODY or (
+    def _has_begun(self) -> bool:
+        """Whether a part of a request has been read, and more of it must come."""
+        return self._awaits is _Awaits.BODY or (
             self._awaits is _Awaits.HEAD and self._num_bytes > 0
         )
+
+    @property
+    def _may_move(self) -> bool:
+        """Whether no request and no answer is under way in this process now."""
         return (
             self._can_move
             and self._is_idle
-            and not has_begun
+            and not self._has_begun
             and not self.pipeline
             and not self.transport.is_closing()
             and self.transport.get_write_buffer_size() == 0
@@ -171,21 +217,29 @@ class Connection(HttpToolsProtocol):
         assert heirs is not None
         # What the client sends from now on waits in the system.
         self.transport.pause_reading()
-        if heirs.give(self.transport.get_extra_info("socket").fileno()):
+        if heirs.give(self.transport.get_extra_info("socket").fileno(), self._held):
             self.transport.abort()  # closes this process's descriptor, not the connection
-        else:
+            return
+        self._read_request()  # none can take it now, so the next request is answered here
+        if not self._held:
             self.transport.resume_reading()
 
     @property
     def _is_plain(self) -> bool:
         return self.transport.get_extra_info("sslcontext") is None
 
-    def resume(self) -> None:
-        """The connection was moved here: it has had no request for a while."""
+    def resume(self, unread: bytes) -> None:
+        """The connection was moved here, between two requests.
+
+        Args:
+            unread: what the process before has received of the next ones.
+        """
         self._await(_Awaits.NOTHING)
         self.timeout_keep_alive_task = self.loop.call_later(
             self.timeout_keep_alive, self.timeout_keep_alive_handler
         )
+        if unread:
+            self.data_received(unread)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()

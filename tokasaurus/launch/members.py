@@ -23,7 +23,7 @@ class Member:
         process: None for the supervisor's own.
         where: " on NAME" if it runs on another machine.
         is_ready: it has said so.
-        is_dismissed: its replica has ended, so its own end is no news.
+        is_dismissed: it was told to end at once, so its end is no news.
         worker: what it is, if it is a worker that is ready.
         failure: what it said before its end.
     """
@@ -38,7 +38,7 @@ class Member:
     failure: Failed | None = None
 
     def end_at_once(self) -> None:
-        """Ends a manager or a worker: they have nothing to save."""
+        """Ends a process that has nothing to save, as managers and workers never have."""
         if self.process is None:
             self.lifeline.send(Stop())
         else:

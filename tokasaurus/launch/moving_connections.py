@@ -1,8 +1,12 @@
 """Idle connections of clients pass from an old engine to a new one, as open files.
 
-A connection without a request in it is nothing but its socket. The old engine sends it through a
-Unix socket, and the client notices nothing: what it has sent in the meantime waits in the system,
-and the new engine reads it. With TLS a connection has keys and counters besides, so it stays.
+A connection without a request in it is nothing but its socket, and what has been received of its
+next requests. The old engine sends these through a Unix socket, and the client notices nothing:
+what it has sent in the meantime waits in the system, and the new engine reads it. With TLS a
+connection has keys and counters besides, so it stays.
+
+The received bytes are in a file in memory, which is sent as an open file, too: there may be more
+than one message may have.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from tokasaurus.launch.lifeline import Succession
 
@@ -22,10 +27,11 @@ __all__ = ["Heirs", "Inheritance", "heirs_of", "inherit"]
 
 _MOST_AT_ONCE = 256
 
+Adopt: TypeAlias = Callable[[socket.socket, bytes], None]
+"""Takes a connection, and what has been received of its next requests."""
 
-def inherit(
-    succession: Succession | None, process: int, adopt: Callable[[socket.socket], None]
-) -> Inheritance | None:
+
+def inherit(succession: Succession | None, process: int, adopt: Adopt) -> Inheritance | None:
     """Takes connections in one of an engine's processes; None if it never follows another."""
     if succession is None:
         return None
@@ -47,7 +53,7 @@ class Inheritance:
         adopt: gets each connection.
     """
 
-    def __init__(self, path: str, adopt: Callable[[socket.socket], None]) -> None:
+    def __init__(self, path: str, adopt: Adopt) -> None:
         self._adopt = adopt
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
@@ -57,9 +63,16 @@ class Inheritance:
     def _on_readable(self) -> None:
         with contextlib.suppress(BlockingIOError):
             for _ in range(_MOST_AT_ONCE):
-                _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
-                for each in descriptors:
-                    self._adopt(socket.socket(fileno=each))
+                _, descriptors, flags, _ = socket.recv_fds(self._socket, 1, 2)
+                self._take(descriptors, is_whole=not flags & socket.MSG_CTRUNC)
+
+    def _take(self, descriptors: list[int], *, is_whole: bool) -> None:
+        if not is_whole:  # this process may open no more files
+            for each in descriptors:
+                os.close(each)
+            return
+        connection, *files = descriptors
+        self._adopt(socket.socket(fileno=connection), b"".join(map(_content, files)))
 
     def close(self) -> None:
         """Takes no more than what has been sent already."""
@@ -79,21 +92,42 @@ class Heirs:
     def __init__(self, pattern: str) -> None:
         self._paths = Path(pattern)
         self._turns = itertools.count()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
 
-    def give(self, descriptor: int) -> bool:
-        """Gives a connection to the next one of them. Returns False if none can take it now."""
-        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))
+    def give(self, descriptor: int, unread: bytes) -> bool:
+        """Gives a connection to the next one of them. Returns False if none can take it now.
+
+        Args:
+            descriptor: of the connection.
+            unread: what has been received of its next requests.
+        """
+        with contextlib.ExitStack() as stack:
+            descriptors = [descriptor]
+            if unread:
+                file = stack.enter_context(open(os.memfd_create("unread"), "w+b"))
+                file.write(unread)
+                file.flush()
+                descriptors.append(file.fileno())
+            return self._send(descriptors)
+
+    def _send(self, descriptors: list[int]) -> bool:
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
         found = sorted(self._paths.parent.glob(self._paths.name))
-        for _ in found:
-            path = found[next(self._turns) % len(found)]
-            # Its queue is full, its process has ended, or it does not listen yet.
-            with contextlib.suppress(BlockingIOError, ConnectionRefusedError, FileNotFoundError):
-                # ``socket.send_fds`` would ignore the address.
-                self._socket.sendmsg([b"c"], [rights], 0, os.fspath(path))
-                return True
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            for _ in found:
+                path = os.fspath(found[next(self._turns) % len(found)])
+                # Its queue is full, its process has ended, or it does not listen yet.
+                with contextlib.suppress(
+                    BlockingIOError, ConnectionRefusedError, FileNotFoundError
+                ):
+                    # ``socket.send_fds`` would ignore the address.
+                    sender.sendmsg([b"c"], [rights], 0, path)
+                    return True
         return False
 
-    def close(self) -> None:
-        self._socket.close()
+
+def _content(descriptor: int) -> bytes:
+    """Reads a file from its beginning, and closes it."""
+    with open(descriptor, "rb") as file:
+        file.seek(0)
+        return file.read()

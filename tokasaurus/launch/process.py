@@ -1,11 +1,14 @@
-"""A process that was started, and how it ended. This module imports nothing heavy."""
+"""Processes and their ends. This module imports nothing heavy."""
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
-from typing import Protocol
+import sys
+from typing import NoReturn, Protocol
 
-__all__ = ["Process", "how_it_ended"]
+__all__ = ["Process", "end_process", "how_it_ended"]
 
 
 class Process(Protocol):
@@ -39,3 +42,15 @@ def how_it_ended(process: Process) -> str:
     name = signal.Signals(-status).name
     hint = "; perhaps the system ran out of memory" if status == -signal.SIGKILL else ""
     return f"killed by {name}{hint}"
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends this process, whose work is done.
+
+    Python would first take millions of objects apart one by one, which can take seconds on a busy
+    machine, while whoever has seen the end of this process's socket waits for the process.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -392,6 +392,8 @@ class Supervisor:
             return
         self._is_retiring = False
         log.info("draining (a second signal stops at once)")
+        if not self._has_begun:
+            self._end_others_at_once()
         self._stop_server(Stop(), self._slices.server.shutdown_timeout_s)
 
     def _on_readable(self, member: Member) -> bool:
@@ -474,9 +476,13 @@ class Supervisor:
     def _on_ended(self, member: Member) -> None:
         self._members.discard(member)
         member.lifeline.close()
+        if member.role.kind == "http":
+            self._http.living.discard(member)
+            self._tell_server(Left(member.role.replica))
         if member.is_dismissed:
             member.reap()
-            self._start_again(member.role.replica)
+            if not self._stopping:
+                self._start_again(member.role.replica)
             return
         failure = member.failure
         if failure is None and not (self._stopping and self._is_clean_end(member)):
@@ -494,8 +500,6 @@ class Supervisor:
 
     def _lose_http(self, member: Member, failure: Failed | None) -> None:
         """Starts an HTTP process again that has ended by itself; the last one ends the engine."""
-        self._http.living.discard(member)
-        self._tell_server(Left(member.role.replica))
         if failure is None or self._stopping or self._server not in self._members:
             return
         why_not = self._http.why_not_again(member, failure)
@@ -623,6 +627,15 @@ class Supervisor:
                 member.lifeline.send(note)
         else:
             self._stop_others()
+
+    def _end_others_at_once(self) -> None:
+        """Ends all but the server before there was a request, so that they have nothing to finish.
+
+        To hear that they should end, they would first have to load what they are loading.
+        """
+        for member in self._members - {self._server}:
+            member.is_dismissed = True
+            member.end_at_once()
 
     def _stop_others(self) -> None:
         self._stopping = True

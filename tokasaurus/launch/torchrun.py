@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 from tokasaurus.config.engine import EngineConfig
-from tokasaurus.config.parser import parse_command_line
+from tokasaurus.config.parser import drop_warning, log_format_of, parse_command_line
 from tokasaurus.errors import ConfigError, LaunchError
 from tokasaurus.launch.assemble import explain
 from tokasaurus.launch.engine_run import run_alone
@@ -32,7 +32,7 @@ from tokasaurus.launch.remote.launcher import Place, RemoteLauncher
 from tokasaurus.launch.remote.link import SECRET_VARIABLE, secret_of
 from tokasaurus.launch.remote.outpost import Outpost
 from tokasaurus.launch.remote.outposts import Outposts
-from tokasaurus.observability.logging import configure_logging
+from tokasaurus.observability.logging import configure_logging, report_refusal
 from tokasaurus.protocol.role import Role
 
 __all__ = ["Rank", "address_of_rank_0", "main", "places_of", "rank_of"]
@@ -105,14 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         rank = rank_of(os.environ)
-        config = parse_command_line(words, os.environ, explain)
+        config = parse_command_line(words, os.environ, explain, warn=drop_warning)
         _check_world(config, rank)
         store = _store()
         if rank.rank == 0:
             return run_alone(words, os.environ, partial(_launch, rank, store))
         return _serve_as_outpost(config, rank, store)
     except (ConfigError, LaunchError) as error:
-        print(f"toka: error: {error}", file=sys.stderr)
+        report_refusal(str(error), log_format_of(words, os.environ))
         return 2 if isinstance(error, ConfigError) else 1
 
 

@@ -47,13 +47,18 @@ class WebServer(uvicorn.Server):
         while not self.started:
             await asyncio.sleep(_POLL_S)
 
-    def adopt(self, moved: socket.socket) -> None:
-        """Serves a connection that another process had accepted. The server has started."""
-        task = asyncio.get_running_loop().create_task(self._adopt(moved))
+    def adopt(self, moved: socket.socket, unread: bytes) -> None:
+        """Serves a connection that another process had accepted. The server has started.
+
+        Args:
+            moved: its socket.
+            unread: what that process has received and not read.
+        """
+        task = asyncio.get_running_loop().create_task(self._adopt(moved, unread))
         self._adopting.add(task)
         task.add_done_callback(self._adopting.discard)
 
-    async def _adopt(self, moved: socket.socket) -> None:
+    async def _adopt(self, moved: socket.socket, unread: bytes) -> None:
         loop, make = asyncio.get_running_loop(), self.config.http_protocol_class
         assert issubclass(make, Connection)
         _, connection = await loop.connect_accepted_socket(
@@ -62,7 +67,7 @@ class WebServer(uvicorn.Server):
             ),
             moved,
         )
-        connection.resume()
+        connection.resume(unread)  # before it receives anything itself
 
     async def retire(self, heirs: Heirs | None = None) -> None:
         """Accepts no more connections, and returns when none is left.

@@ -24,8 +24,9 @@ from types import TracebackType
 from typing import Any
 
 from tokasaurus.observability.request_names import current_request
+from tokasaurus.observability.standard_error import LoggedOutput
 
-__all__ = ["LOG_FORMATS", "JSONLines", "TextLines", "configure_logging"]
+__all__ = ["LOG_FORMATS", "JSONLines", "TextLines", "configure_logging", "report_refusal"]
 
 LOG_FORMATS = ("text", "json")
 
@@ -35,9 +36,9 @@ _log = logging.getLogger(__name__)
 def configure_logging(process: str, level: str, log_format: str = "text") -> None:
     """Sends this process's log to standard error.
 
-    As JSON, the log also has Python's warnings, and the errors that nothing catches, so that every
-    line of it can be parsed. What libraries in C print, and the traces of crashes, stay as they
-    are.
+    As JSON, the log also has Python's warnings, the errors that nothing catches, and whatever else
+    is written to ``sys.stderr``, so that every line of it can be parsed. What libraries in C print,
+    and the traces of crashes, stay as they are.
 
     Args:
         process: the name in each line.
@@ -45,16 +46,33 @@ def configure_logging(process: str, level: str, log_format: str = "text") -> Non
         log_format: one of ``LOG_FORMATS``.
     """
     as_json = log_format == "json"
-    handler = logging.StreamHandler()
+    stream = sys.stderr.stream if isinstance(sys.stderr, LoggedOutput) else sys.stderr
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(JSONLines(process) if as_json else TextLines(process))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("tokasaurus").setLevel(level.upper())
     logging.captureWarnings(as_json)
+    sys.stderr = LoggedOutput(stream) if as_json else stream
     if as_json:
         sys.excepthook = _log_uncaught
         threading.excepthook = _log_uncaught_in_thread
+
+
+def report_refusal(reason: str, log_format: str) -> None:
+    """Says on standard error why ``toka`` does not start.
+
+    Args:
+        reason: one line, or one for each thing that is wrong.
+        log_format: JSON is for programs, which get a line of the log. People get what every command
+            prints.
+    """
+    if log_format == "json":
+        configure_logging("toka", "INFO", log_format)
+        _log.critical("%s", reason)
+    else:
+        print(f"toka: error: {reason}", file=sys.stderr)
 
 
 class TextLines(logging.Formatter):

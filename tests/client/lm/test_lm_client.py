@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from engine_process import eventually
 from scripted_model import Reply, chat, in_turn, refusal, scripted
 
 from tokasaurus.client.lm import (
@@ -175,7 +176,8 @@ def test_a_server_that_does_not_answer_in_time_is_given_up():
         lm = client_of(model, timeout_s=0.05, max_retries=1, on_failure="raise")
         with pytest.raises(TokasaurusError, match=r"timeout_s=0\.05"):
             lm.call("s", "u")
-        assert len(model.asked) == 2
+        assert lm.totals.retries == 1
+        eventually(lambda: len(model.asked) == 2, "the server has read both")
         done.set()
         lm.close()
 

@@ -66,7 +66,14 @@ def retiring() -> Iterator[Retiring]:
 def connect(server: RunningServer) -> http.client.HTTPConnection:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     connection.connect()
+    wait_accepted(server, connection.sock)
     return connection
+
+
+def wait_accepted(server: RunningServer, client: socket.socket) -> None:
+    """Of the two holders of the listening socket only this one accepts connections."""
+    while not server.has_connection(client):
+        server.settle()
 
 
 def ask(connection: http.client.HTTPConnection, **fields: object) -> http.client.HTTPResponse:
@@ -191,7 +198,7 @@ def moving(tmp_path) -> Iterator[tuple[Retiring, RunningServer]]:
         path = str(tmp_path / "connections-2-0.sock")
         new.call(lambda: made.append(Inheritance(path, new._server.adopt)))
         each = Retiring(server, Heirs(str(tmp_path / "connections-2-*.sock")))
-        with contextlib.closing(each.other), contextlib.closing(each.heirs):
+        with contextlib.closing(each.other):
             yield each, new
         new.call(made[0].close)
 
@@ -242,6 +249,7 @@ def test_a_connection_with_half_a_request_stays_until_it_is_answered(moving):
     for cut in cuts:
         client = socket.create_connection(("127.0.0.1", retiring.server.port), timeout=30)
         client.sendall((head + body)[:cut])
+        wait_accepted(retiring.server, client)
         clients.append(client)
     retiring.server.settle()
     retiring.retire()
@@ -271,25 +279,47 @@ def test_a_client_that_asks_without_a_pause_is_moved_between_two_requests(moving
     assert num_requests(new) > 40
 
 
-def test_a_client_that_never_waits_for_its_answers_is_moved_when_it_has_them(moving):
-    """It always has some requests in flight, so its connection is never without one."""
-    retiring, new = moving
+def whole_request(*, chunked: bool = False) -> bytes:
     body = json.dumps(BODY).encode()
-    request = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-    request += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-    request += body
+    length = b"Content-Length: %d" % len(body)
+    if chunked:
+        halves = (body[:9], body[9:])
+        length = b"Transfer-Encoding: chunked"
+        body = b"".join(b"%x\r\n%s\r\n" % (len(half), half) for half in (*halves, b""))
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+    return b"\r\n".join([head, length, b"", body])
+
+
+CUTS = {
+    "between requests": lambda request: 0,
+    "in the first line": lambda request: 7,
+    "after a line of the head": lambda request: request.index(b"\r\n") + 2,
+    "before the body": lambda request: request.index(b"\r\n\r\n") + 4,
+    "in the body": lambda request: len(request) - 5,
+}
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_client_that_never_waits_for_its_answers_is_moved_when_it_has_them(moving, cut, chunked):
+    """It always has some requests in flight, and maybe a part of one more."""
+    retiring, new = moving
+    request = whole_request(chunked=chunked)
+    at = CUTS[cut](request)
     with socket.create_connection(("127.0.0.1", retiring.server.port), timeout=30) as client:
-        client.sendall(60 * request)
+        client.sendall(60 * request + request[:at])
+        wait_accepted(retiring.server, client)
         retiring.retire()
         with client.makefile("rb") as answers:
             for _ in range(240):
-                client.sendall(request)
+                client.sendall(request[at:] + request[:at])
                 assert json.loads(next_answer(answers))["choices"]
             assert num_requests(new) > 50
-            for _ in range(60):
+            client.sendall(request[at:])
+            for _ in range(61):
                 assert json.loads(next_answer(answers))["choices"]
         retiring.wait_retired()
-        assert num_requests(retiring.server) + num_requests(new) == 300
+        assert num_requests(retiring.server) + num_requests(new) == 301
 
 
 def next_answer(answers: BinaryIO) -> bytes:
@@ -311,7 +341,15 @@ def test_without_anybody_to_take_them_connections_stay_where_they_are(tmp_path):
         retiring.retire()
         for _ in range(3):
             ask(connection).read()
+        request = whole_request()
+        with connection.sock.makefile("rb") as answers:
+            connection.sock.sendall(5 * request + request[:-9])
+            for _ in range(5):
+                assert json.loads(next_answer(answers))["choices"]
+            connection.sock.sendall(request[-9:] + request)
+            for _ in range(2):
+                assert json.loads(next_answer(answers))["choices"]
         connection.close()
         retiring.wait_retired()
-        assert num_requests(server) == 4
+        assert num_requests(server) == 11
         retiring.other.close()

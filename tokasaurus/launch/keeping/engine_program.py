@@ -12,6 +12,7 @@ import sys
 
 from tokasaurus.launch.keeping.notes import LANGUAGE, Begin, CannotServe, EngineLink
 from tokasaurus.launch.note_socket import NotUnderstood
+from tokasaurus.launch.process import end_process
 
 
 def main() -> int:
@@ -34,4 +35,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
