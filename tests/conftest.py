@@ -13,13 +13,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "MODEL" not in os.environ:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A job in the background inherits it ignored, and so would all that tests start to interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from engine_process import EngineProcess, running
 
+from tokasaurus.errors import ModelError
+from tokasaurus.launch.model_files import find_model
 from tokasaurus.model import instruction_sets
 from tokasaurus.model.instruction_sets import INSTRUCTION_SETS
 
@@ -33,6 +36,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "MODEL" in os.environ:
+        try:
+            find_model(os.environ["MODEL"])  # a download may take longer than a test may
+        except ModelError as error:
+            raise pytest.UsageError(f"MODEL: {error}") from None
     name = config.getoption("--processor")
     if name is not None:
         (chosen,) = instruction_sets.candidate_sets(name)
