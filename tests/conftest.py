@@ -21,8 +21,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 from engine_process import EngineProcess, running
 
-from tokasaurus.errors import ModelError
-from tokasaurus.launch.model_files import find_model
 from tokasaurus.model import instruction_sets
 from tokasaurus.model.instruction_sets import INSTRUCTION_SETS
 
@@ -37,10 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if "MODEL" in os.environ:
-        try:
-            find_model(os.environ["MODEL"])  # a download may take longer than a test may
-        except ModelError as error:
-            raise pytest.UsageError(f"MODEL: {error}") from None
+        _fetch(os.environ["MODEL"])
     name = config.getoption("--processor")
     if name is not None:
         (chosen,) = instruction_sets.candidate_sets(name)
@@ -48,6 +43,18 @@ def pytest_configure(config: pytest.Config) -> None:
         told.write_text(f"flags : {' '.join(chosen.features)}\n")
         instruction_sets._CPU_INFO = told
         instruction_sets._processor_features.cache_clear()
+
+
+def _fetch(model: str) -> None:
+    """Downloads a model if need be: that may take longer than a test may."""
+    # The tests of other people's clients run where the engine's libraries are not installed.
+    from tokasaurus.errors import ModelError
+    from tokasaurus.launch.model_files import find_model
+
+    try:
+        find_model(model)
+    except ModelError as error:
+        raise pytest.UsageError(f"MODEL: {error}") from None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

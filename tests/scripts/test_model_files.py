@@ -161,7 +161,7 @@ def test_a_model_from_toka_download_is_found_offline(hub, python):
 
 @pytest.mark.engine
 def test_pytest_downloads_the_model_that_the_environment_names(hub, python):
-    tests = ("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/test_basic.py")
+    tests = ("-m", "pytest", "--collect-only", "-p", "no:cacheprovider", "tests/test_basic.py")
     done = python(*tests, MODEL="org/tiny", HF_ENDPOINT=hub.url)
     assert done.returncode == 0, done.stdout + done.stderr
     hub.failing = True
