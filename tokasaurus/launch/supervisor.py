@@ -381,7 +381,6 @@ class Supervisor:
             elif isinstance(note, AskStanding):
                 self._tell_server(AskRetire())
             elif isinstance(note, StepDown) and not self._stopping:
-                log.info("another engine serves; finishing what is in flight")
                 self._is_retiring = True
                 self._stop_server(Retire(note.timeout_s, note.successor), note.timeout_s)
 
@@ -391,8 +390,10 @@ class Supervisor:
             self._kill_all()
             return
         self._is_retiring = False
-        log.info("draining (a second signal stops at once)")
-        if not self._has_begun:
+        if self._has_begun:
+            log.info("draining (a second signal stops at once)")
+        else:
+            log.info("stopping before it was ready")
             self._end_others_at_once()
         self._stop_server(Stop(), self._slices.server.shutdown_timeout_s)
 
