@@ -113,6 +113,11 @@ def _run(words: list[str], environment: Mapping[str, str]) -> int:
         from tokasaurus.integrations.ray.batches import run_directory
 
         return run_directory(config.engine, source, target, config.prices)
+    if urls:
+        raise ConfigError(
+            f"{target} is a URL, where only the answers to a directory can go; put {source} into a"
+            " directory, or name a local file for the answers"
+        )
     # Its lines compete with one another only.
     slices, launcher = placed(dataclasses.replace(config, max_request_priority=MAX_PRIORITY))
     model = slices.server.model_name
