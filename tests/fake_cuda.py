@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokasaurus.model import download, upload
 from tokasaurus.model.download import Download
+from tokasaurus.model.sampling import draws, kinds
+from tokasaurus.model.worker import device_tables
 from tokasaurus.model.worker import worker as worker_module
 
 __all__ = ["DEVICE", "FakeCuda"]
@@ -59,6 +61,9 @@ class FakeCuda:
         monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
         monkeypatch.setattr(Download, "array", self._array_of(Download.array))
         monkeypatch.setattr(upload, "_sent", lambda host, _: self._copy_of(host))
+        # Numbers of the host, which torch computes, too.
+        for module in (device_tables, draws):
+            monkeypatch.setattr(module, "draw_rows", _on_the_host(kinds.draw_rows))
         send = upload.Staging.send
 
         def send_numbers(staging: upload.Staging) -> None:
@@ -119,6 +124,14 @@ class FakeCuda:
     def _copy_of(self, host: Tensor) -> Tensor:
         with self._mode:
             return torch.empty(host.shape, dtype=host.dtype, device=DEVICE)
+
+
+def _on_the_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*arguments)
+
+    return call
 
 
 class _Event:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import openai
 from known_cartridges import KnownCartridges
+from loop_clock import LoopClock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -634,7 +635,7 @@ class RunningServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = http_server(config, self.state, self.batches, directory)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._ahead_s = 0.0  # added to the clock of the event loop
+        self._clock: LoopClock | None = None
         self._connections = _Connections(self.port)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
@@ -644,7 +645,7 @@ class RunningServer:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._loop.time = lambda: time.monotonic() + self._ahead_s  # type: ignore[method-assign]
+        self._clock = LoopClock(self._loop)
         steps = asyncio.create_task(self._step_forever())
         if self.batches is not None:
             await self.batches.start()
@@ -683,11 +684,9 @@ class RunningServer:
     def advance(self, seconds: float) -> None:
         """Move the clock of the event loop: time limits that are over by then end now."""
         self.settle()
-
-        def move() -> None:
-            self._ahead_s += seconds
-
-        self.call(move)
+        assert self._clock is not None
+        self._clock.advance(seconds)
+        self.settle()
 
     def on_loop(self, work: Coroutine[Any, Any, T], timeout_s: float = PATIENCE_S) -> T:
         """Run a coroutine on the event loop, and wait for its result."""
@@ -779,16 +778,16 @@ class RunningServer:
     def running(self) -> Iterator[RunningServer]:
         self._thread.start()
         wait_for(lambda: self._server.started)
-        assert self._loop is not None
+        assert self._clock is not None
         try:
             yield self
         finally:
             self._connections.close()
             self._server.should_exit = True
             while self._thread.is_alive():
-                self._ahead_s += 0.1  # uvicorn checks ten times a second whether it should exit
+                # uvicorn checks ten times a second whether it should exit.
                 with contextlib.suppress(RuntimeError):  # the loop has ended
-                    self._loop.call_soon_threadsafe(lambda: None)
+                    self._clock.advance(0.1)
                 self._thread.join(0.01)
 
 

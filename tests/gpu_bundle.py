@@ -5,7 +5,9 @@
 The machine has Python 3.12 on Linux, PyTorch for CUDA and transformers, and what these need that
 is large. Everything else that an engine imports goes into ``DIRECTORY/wheels``: the engine itself,
 its other dependencies, and FlashInfer with those of its dependencies that attention needs. Where
-the directory is copied to the machine, ``DIRECTORY/install.sh PYTHON`` installs it.
+the directory is copied to the machine, ``DIRECTORY/install.sh PYTHON ENVIRONMENT`` installs it.
+
+``make gpu-kernels`` adds kernels of FlashInfer, which it would otherwise build there.
 
 pip resolves this as it would on that machine: empty wheels stand for what is there. The last step
 resolves it again, from the directory alone. The exit status is 1 if that fails, or if the wheels
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 __all__ = ["MOST_BYTES", "PRESENT", "install_script", "main", "make_stub", "too_large"]
@@ -34,12 +37,12 @@ PRESENT = {
     "triton": "3.6.0",
     "transformers": "5.17.0",
     # What these two bring, of the packages that are large.
-    "numpy": "2.3.5",
-    "huggingface_hub": "1.5.0",
-    "tokenizers": "0.22.2",
-    "safetensors": "0.6.2",
+    "numpy": "2.5.2",
+    "huggingface_hub": "1.33.0",
+    "tokenizers": "0.23.2",
+    "safetensors": "0.8.0",
 }
-"""What is on the machine. Versions of the first three are known, and others may be newer."""
+"""What is on the machine."""
 
 # Distinguishes an empty wheel from the one that has this version in an index.
 _LABEL = "+present"
@@ -66,23 +69,39 @@ _TARGET = [
 
 _INSTALL = """\
 #!/bin/sh
-# Installs the engine without a network: install.sh PYTHON
-# PYTHON is of an environment that sees PyTorch and transformers: python3 -m venv
-# --system-site-packages makes one.
+# Installs the engine without a network: install.sh PYTHON DIRECTORY
+# makes an environment in DIRECTORY, in which the engine runs on the PyTorch that PYTHON has.
 set -e
-python=${1:?name the python to install for}
+python=${1:?name the python that has PyTorch}
+environment=${2:?name the directory of the environment}
 wheels=$(cd "$(dirname "$0")/wheels" && pwd)
-"$python" -m pip install --no-index --find-links "$wheels" tokasaurus FOR_IT
+# PYTHON brings pip, too: on some systems the module that gives an environment its own is missing.
+"$python" -m venv --clear --without-pip "$environment"
+inner=$environment/bin/python
+# If PYTHON is of an environment itself, --system-site-packages would not show what that has.
+"$python" -c 'import os, sys
+for path in sys.path:
+    if os.path.basename(path) in ("site-packages", "dist-packages"):
+        print(f"import site; site.addsitedir({path!r})")' \\
+    > "$("$inner" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/present.pth"
+"$inner" -m pip install --no-index --find-links "$wheels" tokasaurus FOR_IT
 # Its metadata names more than attention needs.
-"$python" -m pip install --no-index --find-links "$wheels" --no-deps FLASHINFER
-"$python" -c 'import tokasaurus, flashinfer; print("installed; FlashInfer", flashinfer.__version__)'
+"$inner" -m pip install --no-index --find-links "$wheels" --no-deps FLASHINFER
+kernels=$wheels/../kernels
+if [ -d "$kernels" ]; then
+    # FlashInfer takes what lies there, and builds what does not.
+    built=$("$inner" -c 'import flashinfer; print(flashinfer.__path__[0])')/data/aot
+    mkdir -p "$built"
+    cp -r "$kernels/." "$built"
+fi
+"$inner" -c 'import tokasaurus, flashinfer; print("installed; FlashInfer", flashinfer.__version__)'
 """
 
 
 def main(directory: str) -> int:
     target = Path(directory)
-    shutil.rmtree(target, ignore_errors=True)
     wheels = target / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
     wheels.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as made:
         stubs = Path(made) / "stubs"
@@ -138,11 +157,14 @@ def too_large(num_bytes: int) -> str | None:
     )
 
 
-def make_stub(directory: Path, name: str, version: str) -> Path:
-    """Writes a wheel that has a name, a version, and nothing else."""
+def make_stub(
+    directory: Path, name: str, version: str, modules: Mapping[str, str] | None = None
+) -> Path:
+    """Writes a wheel that has a name, a version, and no modules but these: source by file."""
     path = directory / f"{name}-{version}-py3-none-any.whl"
     information = f"{name}-{version}.dist-info"
     files = {
+        **(modules or {}),
         f"{information}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
         f"{information}/WHEEL": (
             "Wheel-Version: 1.0\nGenerator: tokasaurus\nRoot-Is-Purelib: true\nTag: py3-none-any\n"

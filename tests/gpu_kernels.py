@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
-from attention_batches import HEADS, make_cache, random_steps, random_world
+from attention_batches import (
+    HEADS,
+    add_prefill,
+    large_group,
+    make_cache,
+    random_steps,
+    random_world,
+)
+from gpu_jobs import Job
+from gpu_parity import backend_names
 from sampling_driver import draw, random_batch, sent
 from torch import Tensor
 
-from tokasaurus.model.backend import usable_backends
+from tokasaurus.model.backend import choose_backend
 from tokasaurus.model.backend.base import (
     DEFAULT_OPTIONS,
     Backend,
@@ -22,51 +31,151 @@ from tokasaurus.model.backend.base import (
 )
 from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
+from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.sampling.draws import plan_row_draws
+from tokasaurus.rounding import ceil_div
 
-__all__ = ["check_kernels"]
+__all__ = ["kernel_jobs"]
 
 # Beside the shapes of the tests, those of real models.
 _SHAPES = [*HEADS, (32, 8, 64), (28, 4, 128)]
 _TOLERANCES = {torch.float32: 5e-5, torch.float16: 0.004, torch.bfloat16: 0.03}
+# Of most models, and of the model of the other parts: one build of FlashInfer serves all.
+_BUILT_DTYPE, _BUILT_HEAD_DIM = torch.bfloat16, 64
+# Rows, columns of shared pages, and numbers of a cache, of which 32 bits cannot count all.
+_LARGE, _SMALL = (1500, 64, 1 << 31), (20, 4, 0)
 # Rows and sizes of the element-wise kernels.
 _SIZES = [(1, 64), (7, 576), (300, 2048), (33, 4096)]
 _PAGE_SIZES = (16, 20, 64)
 _VOCABULARIES = (1, 300, 9000, 128_256)
 
 
-def check_kernels(device: str) -> list[str]:
-    """What is wrong. Prints the largest difference of each backend in each dtype."""
-    failures = []
-    for backend in usable_backends(torch.device(device)):
-        if backend is ReferenceBackend:
+def kernel_jobs(device: str, *, builds_all: bool) -> list[Job]:
+    """Jobs, each of which returns a result in short, and what is wrong. What builds comes first.
+
+    Args:
+        device: to check.
+        builds_all: also dtypes and sizes of heads for which FlashInfer builds more kernels, which
+            takes a minute or more for each.
+    """
+    jobs = []
+    # FlashInfer's are the last backend of a GPU.
+    for name in reversed(backend_names(device)):
+        if name == "reference":
             continue
-        for dtype, tolerance in _TOLERANCES.items():
-            for name, differences in (
-                ("attention", _of_attention(backend, device, dtype)),
-                ("operators", _of_operators(backend, device, dtype)),
-            ):
-                what = f"{backend.name}, {name} in {_name(dtype)}"
-                found = list(differences)
-                if not found:
-                    print(f"  {what}: not compared, since it runs none of the shapes")
-                    continue
-                largest, where = max(found, key=lambda each: (each[0] != each[0], each[0]))
-                print(f"  {what}: differs from the reference by {largest:.2g}, of {tolerance:.2g}")
-                # Not a number is not near either.
-                if not largest <= tolerance:
-                    failures.append(
-                        f"{what}: {where} differs by {largest:.2g}, over {tolerance:.2g}"
-                    )
-        failures += _check_sampling(backend, device)
-    return failures
+        is_built = name == "flashinfer"
+        for dtype in _TOLERANCES:
+            if is_built and (dtype == torch.float32 or not (builds_all or dtype == _BUILT_DTYPE)):
+                continue
+            head_dims = (_BUILT_HEAD_DIM,) if is_built and not builds_all else None
+            what = f"attention={name}, kernels in {_name(dtype)}"
+            jobs.append(Job(what, check_layers, (name, device, dtype, head_dims)))
+        jobs.append(Job(f"attention={name}, draws", check_sampling, (name, device)))
+        large = _LARGE if device == "cuda" else _SMALL
+        jobs.append(Job(f"attention={name}, large batches", check_large, (name, device, *large)))
+    return jobs
 
 
-def _check_sampling(backend: type[Backend], device: str) -> list[str]:
-    """Tokens, sums and rankings against those that torch finds on the CPU, from the same logits."""
-    kernels = backend.sampling(DEFAULT_OPTIONS)
+def _runnable(name: str, device: str) -> type[Backend]:
+    """The backend, if it runs here at all."""
+    return choose_backend(name, torch.device(device))
+
+
+def check_layers(
+    name: str, device: str, dtype: torch.dtype, head_dims: Collection[int] | None
+) -> tuple[str, list[str]]:
+    """Attention and element-wise work of a backend, against the reference.
+
+    Args:
+        name: of the backend.
+        device: of both.
+        dtype: of both.
+        head_dims: sizes of heads; None for all that the backend runs.
+
+    Raises:
+        ConfigError: the backend does not run here.
+    """
+    backend, tolerance = _runnable(name, device), _TOLERANCES[dtype]
+    failures, results = [], []
+    for what, differences in (
+        ("attention", _of_attention(backend, device, dtype, head_dims)),
+        ("operators", _of_operators(backend, device, dtype)),
+    ):
+        found = list(differences)
+        if not found:
+            failures.append(f"{what} was not compared, since it runs none of the shapes")
+            continue
+        largest, where = max(found, key=lambda each: (each[0] != each[0], each[0]))
+        results.append(f"{what} {largest:.2g}")
+        # Not a number is not near either.
+        if not largest <= tolerance:
+            failures.append(f"{what} of {where} differs by {largest:.2g}, over {tolerance:.2g}")
+    return f"{', '.join(results)} of {tolerance:.2g}", failures
+
+
+def check_large(
+    name: str, device: str, num_rows: int, num_columns: int, least_numbers: int
+) -> tuple[str, list[str]]:
+    """Many decodes, with a group and without, and a chunk: all in the last pages of a cache.
+
+    Args:
+        name: of the backend.
+        device: of it.
+        num_rows: that decode.
+        num_columns: of pages that they share.
+        least_numbers: in the keys of the cache.
+
+    Raises:
+        ConfigError: the backend does not run here.
+    """
+    backend, dtype, page_size = _runnable(name, device), _BUILT_DTYPE, 16
+    num_heads, num_kv_heads = 32, 8
+    plain, grouped = large_group(num_rows, num_columns, page_size)
+    batches = add_prefill(plain, num_columns * page_size), grouped
+    used = max(int(rows.page_table.max()) for rows in batches) + 1
+    in_page = num_kv_heads * page_size * _BUILT_HEAD_DIM
+    num_pages = ceil_div(least_numbers, in_page) + used
+    cache = KVCache.allocate(
+        num_layers=1,
+        num_pages=num_pages,
+        page_size=page_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=_BUILT_HEAD_DIM,
+        dtype=dtype,
+        device=torch.device(device),
+    )
+    torch.manual_seed(0)
+    for tensor in cache.keys + cache.values:
+        tensor[-used:].normal_()
+    tolerance, differences = _TOLERANCES[dtype], []
+    for rows in batches:
+        page_table = (rows.page_table + (num_pages - used)).to(device)
+        rows = replace(rows, page_table=page_table)
+        inputs = _inputs(rows, num_heads + 2 * num_kv_heads, _BUILT_HEAD_DIM, dtype, device)
+        output, expected = (
+            each(cache, num_heads).plan(rows).attend(0, *inputs, None)
+            for each in (backend, ReferenceBackend)
+        )
+        differences.append(_difference(output, expected))
+    result = f"{', '.join(f'{each:.2g}' for each in differences)} of {tolerance:.2g}"
+    # Not a number is not near either.
+    is_near = all(each <= tolerance for each in differences)
+    return result, [] if is_near else [f"attention differs by {result}"]
+
+
+def check_sampling(name: str, device: str) -> tuple[str, list[str]]:
+    """Tokens, sums and rankings against those that torch finds on the CPU, from the same logits.
+
+    Args:
+        name: of the backend.
+        device: of it.
+
+    Raises:
+        ConfigError: the backend does not run here.
+    """
+    kernels = _runnable(name, device).sampling(DEFAULT_OPTIONS)
     if kernels is None:
-        return []
+        return "it has no kernels for draws", []
     failures, num_tokens, num_wrong = [], 0, 0
     for seed, vocab_size in enumerate(_VOCABULARIES):
         for dtype in _TOLERANCES:
@@ -81,23 +190,24 @@ def _check_sampling(backend: type[Backend], device: str) -> list[str]:
             _, ids = kernels.ranked(logits.to(device), None, None, depth)
             sums = logits.double().logsumexp(-1)
             order = logits.float().sort(dim=-1, descending=True, stable=True)
-            what = f"{backend.name}, {_name(dtype)}, {vocab_size} tokens"
+            what = f"{_name(dtype)}, {vocab_size} tokens"
             if not torch.allclose(norms.cpu().double(), sums, rtol=1e-6, atol=1e-6):
                 failures.append(f"{what}: logarithms of sums differ from the CPU's")
             if not torch.equal(ids.cpu(), order.indices[:, :depth]):
                 failures.append(f"{what}: rankings differ from the CPU's")
-    print(f"  {backend.name}: {num_wrong} of {num_tokens} drawn tokens differ from the CPU's")
     if num_wrong:
-        failures.append(f"{backend.name}: {num_wrong} drawn tokens differ from the CPU's")
-    return failures
+        failures.append(f"{num_wrong} drawn tokens differ from the CPU's")
+    return f"{num_wrong} of {num_tokens} drawn tokens differ", failures
 
 
 def _of_attention(
-    backend: type[Backend], device: str, dtype: torch.dtype
+    backend: type[Backend], device: str, dtype: torch.dtype, head_dims: Collection[int] | None
 ) -> Iterator[tuple[float, str]]:
     """The largest difference of each batch, and what the batch was."""
     for seed in range(2 * len(_SHAPES)):
         num_heads, num_kv_heads, head_dim = shape = _SHAPES[seed % len(_SHAPES)]
+        if head_dims is not None and head_dim not in head_dims:
+            continue
         if reason := backend.why_not_model(ModelHeads(*shape, dtype)):
             if seed < len(_SHAPES):
                 print(f"  {backend.name} does not run {shape} in {_name(dtype)}: {reason}")

@@ -7,27 +7,25 @@ with each option, in fp32 and in bf16:
 2. In bf16 the logprobs of the device differ from the CPU's fp32 by at most twice as much as the
    CPU's bf16 does, on average (root mean square) by at most a quarter more, and every greedy token
    of the device is the CPU's best one within twice that distance.
+
+Each engine is a job of its own, those of the CPU among them.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
+from gpu_jobs import Job, Outcome
 
 from tokasaurus import LLM, SamplingParams
-from tokasaurus.model.backend import usable_backends
-from tokasaurus.model.backend.base import Backend, ModelHeads
-from tokasaurus.model.facts import read_model_config
-from tokasaurus.model.float8 import E4M3
 
-__all__ = ["check", "make_model"]
+__all__ = ["Finding", "Parity", "make_model"]
 
 _NUM_PROMPTS = 8
 _NUM_TOKENS = 48
@@ -62,22 +60,40 @@ class Run:
     logprobs: np.ndarray
 
 
-def check(
-    device: str, checkpoint: Path, reference_checkpoint: Path, *, compiles: bool = True
-) -> list[str]:
-    """What is wrong. Prints a line for each thing that is compared.
+@dataclass(frozen=True)
+class Case:
+    """An engine that is compared with the CPU.
 
-    Args:
-        device: to check.
-        checkpoint: that it runs.
-        reference_checkpoint: that the CPU runs: the same one, unless this check is tested.
-        compiles: try torch.compile, too.
+    Attributes:
+        name: of it.
+        device: of it.
+        dtype: of it.
+        group: of ``_GROUPS``, flags that the CPU has, too.
+        flags: that the CPU has not.
     """
-    failures = []
-    for flags, options in _groups(device, compiles):
-        with _expecting(device, checkpoint, reference_checkpoint, flags) as check:
-            failures += _check_options(check, options)
-    return failures
+
+    name: str
+    device: str
+    dtype: str
+    group: str
+    flags: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one case.
+
+    Attributes:
+        name: of the case.
+        result: in short.
+        failures: what is wrong.
+        not_run: why it did not run; None if it did.
+    """
+
+    name: str
+    result: str = ""
+    failures: Sequence[str] = ()
+    not_run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,129 +103,215 @@ class Option:
     Attributes:
         name: of it.
         flags: that ask for it.
-        is_of_attention: backends differ in it. Otherwise it is checked with the best one alone.
-        in_float32: it exists there, too.
+        with_reference: it is tried with attention=reference, too.
     """
 
     name: str
     flags: Mapping[str, object]
-    is_of_attention: bool = False
-    in_float32: bool = True
+    with_reference: bool = True
 
 
-def _groups(device: str, compiles: bool) -> Iterator[tuple[Mapping[str, object], Sequence[Option]]]:
-    """Flags that change what a model computes, on the CPU too; and options to check with these."""
-    yield {}, list(_options(device, compiles))
-    if device == "cuda":
-        for flags in _EIGHT_BITS:
-            (name,) = flags
-            yield flags, [Option(f"{name}=fp8", {}, name == "kv_cache_dtype", in_float32=False)]
+# Flags that change what a model computes, on the CPU too.
+_GROUPS: Mapping[str, Mapping[str, object]] = {
+    "": {},
+    "quantization=fp8": {"quantization": "fp8"},
+    "kv_cache_dtype=fp8": {"kv_cache_dtype": "fp8"},
+}
+
+_DTYPES = ("float32", "bfloat16")
+
+# FlashInfer has no kernels for fp32.
+_IN_FLOAT32 = ("compiled", "triton", "reference")
 
 
-_EIGHT_BITS: tuple[Mapping[str, object], ...] = (
-    {"quantization": "fp8"},
-    {"kv_cache_dtype": "fp8"},
-)
+def cases(device: str, *, compiles: bool) -> Iterator[Case]:
+    """All that is compared.
+
+    Args:
+        device: to check.
+        compiles: try torch.compile, too.
+    """
+    for group in _groups(device):
+        for attention in backend_names(device):
+            for option in _options(device, group, compiles):
+                if attention == "reference" and not option.with_reference:
+                    continue
+                for dtype in _DTYPES:
+                    if dtype == "float32" and (group or attention not in _IN_FLOAT32):
+                        continue
+                    flags = {"attention": attention, **option.flags}
+                    name = ", ".join((f"attention={attention}", option.name, dtype))
+                    yield Case(name, device, dtype, group, flags)
 
 
-def _options(device: str, compiles: bool) -> Iterator[Option]:
-    yield Option("as usual", {}, is_of_attention=True)
+def backend_names(device: str) -> tuple[str, ...]:
+    """Those of a device, whether they run here or not."""
+    names = {
+        "cpu": ("compiled", "reference"),
+        # FlashInfer comes last: another process builds its kernels meanwhile.
+        "cuda": ("triton", "reference", "flashinfer"),
+    }
+    return names[device]
+
+
+def _groups(device: str) -> Sequence[str]:
+    return tuple(_GROUPS) if device == "cuda" else ("",)
+
+
+def _options(device: str, group: str, compiles: bool) -> Iterator[Option]:
+    if group:
+        yield Option(group, {}, with_reference=group.startswith("kv"))
+        return
+    yield Option("as usual", {})
     groups = {"hydragen_min_group_size": 2, "hydragen_min_prefix_len": 16}
-    yield Option("prefixes read once", {"use_hydragen": True, **groups}, is_of_attention=True)
+    yield Option("prefixes read once", {"use_hydragen": True, **groups})
     if compiles:
-        yield Option("torch_compile=T", {"torch_compile": True})
+        yield Option("torch_compile=T", {"torch_compile": True}, with_reference=False)
     if device == "cuda":
-        yield Option("use_cudagraphs=F", {"use_cudagraphs": False})
+        yield Option("use_cudagraphs=F", {"use_cudagraphs": False}, with_reference=False)
 
 
-def _check_options(check: _Check, options: Sequence[Option]) -> list[str]:
-    """What is wrong, with each backend that has an option."""
-    failures = []
-    kept_dtype = E4M3 if "kv_cache_dtype" in check.flags else None
-    heads = check.heads(torch.bfloat16, kept_dtype)
-    backends = usable_backends(torch.device(check.device), heads=heads)
-    for backend in backends:
-        for option in options:
-            if backend is not backends[0] and not option.is_of_attention:
-                continue
-            what = f"attention={backend.name}, {option.name}"
-            print(f" {what}")
-            failures += [f"{what}: {each}" for each in check.failures(backend, option)]
-    return failures
+class Parity:
+    """The comparison, as jobs: those of ``jobs``, then those of ``judging``.
 
-
-@contextmanager
-def _expecting(
-    device: str, checkpoint: Path, reference_checkpoint: Path, flags: Mapping[str, object]
-) -> Iterator[_Check]:
-    """A comparison with what the CPU computes with these flags."""
-    texts = _prompts(length=64)
-    with _engine("cpu", "float32", reference_checkpoint, **flags) as judge:
-        expected = _run(judge, texts)
-        with _engine("cpu", "bfloat16", reference_checkpoint, **flags) as llm:
-            rounded = _run(llm, texts)
-        yield _Check(device, checkpoint, flags, judge, expected, rounded)
-
-
-@dataclass
-class _Check:
-    """Compares a device with the CPU.
-
-    Attributes:
+    Args:
         device: to check.
         checkpoint: that it runs.
-        flags: of both.
-        judge: the CPU's engine in fp32.
-        expected: what that computes.
-        rounded: what the CPU computes in bf16.
+        reference_checkpoint: that the CPU runs: the same one, unless this check is tested.
+        compiles: try torch.compile, too.
     """
 
-    device: str
-    checkpoint: Path
-    flags: Mapping[str, object]
-    judge: LLM
-    expected: Run
-    rounded: Run
+    def __init__(
+        self,
+        device: str,
+        checkpoint: Path,
+        reference_checkpoint: Path,
+        *,
+        compiles: bool = True,
+    ) -> None:
+        self._checkpoint, self._reference = checkpoint, reference_checkpoint
+        self._cases = list(cases(device, compiles=compiles))
+        self._outcomes: dict[str, Outcome] = {}
 
-    def failures(self, backend: type[Backend], option: Option) -> list[str]:
-        """What is wrong with an option."""
-        failures = []
-        flags = {**self.flags, "attention": backend.name, **option.flags}
-        if option.in_float32 and self._runs(backend, torch.float32):
-            found = self._found("float32", flags)
-            if found.tokens != self.expected.tokens:
-                failures.append("in float32, greedy tokens differ from the CPU's")
-            failures += _far("float32", _distance(found, self.expected), _FP32_TOLERANCE)
-        return failures + self._failures_in_bfloat16(flags)
+    def jobs(self) -> list[Job]:
+        """A job for each engine, the CPU's among them."""
+        groups = dict.fromkeys(each.group for each in self._cases)
+        # These build kernels of FlashInfer that no other case has.
+        cases = sorted(self._cases, key=lambda each: "flashinfer, kv_cache" not in each.name)
+        return [
+            *(
+                Job(_on_cpu(group, dtype), run_engine, ("cpu", dtype, self._reference, flags))
+                for group in groups
+                for flags in (_GROUPS[group],)
+                for dtype in _DTYPES
+            ),
+            *(
+                Job(each.name, run_engine, (each.device, each.dtype, self._checkpoint, flags))
+                for each in cases
+                for flags in ({**_GROUPS[each.group], **each.flags},)
+            ),
+        ]
 
-    def _failures_in_bfloat16(self, flags: Mapping[str, object]) -> list[str]:
-        expected = self.expected
-        tolerance = 2 * _distance(self.rounded, expected)
-        mean_tolerance = 1.25 * _mean_distance(self.rounded, expected)
-        found = self._found("bfloat16", flags)
-        failures = _far("bfloat16", _distance(found, expected), tolerance)
-        failures += _far("bfloat16, on average", _mean_distance(found, expected), mean_tolerance)
-        loss = _greedy_loss(self.judge, _prompts(length=64), found.tokens)
-        print(f"  bfloat16: greedy tokens are the CPU's best within {loss:.2g}, of {tolerance:.2g}")
-        if not loss <= tolerance:
-            failures.append(f"in bfloat16, a greedy token is {loss:.2g} less likely than the CPU's")
-        return failures
+    def judging(self, outcomes: Mapping[str, Outcome]) -> list[Job]:
+        """Jobs of the CPU, which looks at tokens that the device has generated in bf16.
 
-    def _found(self, dtype: str, flags: Mapping[str, object]) -> Run:
-        with _engine(self.device, dtype, self.checkpoint, **flags) as llm:
-            return _run(llm, _prompts(length=64))
+        Args:
+            outcomes: of all jobs, by their names.
+        """
+        self._outcomes.update(outcomes)
+        generated: dict[str, dict[str, list[list[int]]]] = {}
+        for case in self._cases:
+            run = self._outcomes[case.name].value
+            if case.dtype == "bfloat16" and run is not None:
+                generated.setdefault(case.group, {})[case.name] = run.tokens
+        return [
+            Job(f"judge {group}".strip(), greedy_losses, (self._reference, _GROUPS[group], tokens))
+            for group, tokens in generated.items()
+        ]
 
-    def heads(self, dtype: torch.dtype, kept_dtype: torch.dtype | None = None) -> ModelHeads:
-        """Those of the model."""
-        config = read_model_config(self.checkpoint)
-        shape = config.num_heads, config.num_kv_heads, config.head_dim
-        return ModelHeads(*shape, dtype, kept_dtype)
+    def findings(self, outcomes: Mapping[str, Outcome]) -> Iterator[Finding]:
+        """What is wrong with each case.
 
-    def _runs(self, backend: type[Backend], dtype: torch.dtype) -> bool:
-        reason = backend.why_not_model(self.heads(dtype))
-        if reason is not None:
-            print(f"  {str(dtype).removeprefix('torch.')}: not compared, since {reason}")
-        return reason is None
+        Args:
+            outcomes: of the judging jobs, by their names.
+        """
+        losses: dict[str, float] = {}
+        for outcome in outcomes.values():
+            losses.update(outcome.value or {})
+        for case in self._cases:
+            outcome = self._outcomes[case.name]
+            if outcome.error is not None:
+                if outcome.has_run:
+                    yield Finding(case.name, "failed", [outcome.error])
+                else:
+                    yield Finding(case.name, not_run=outcome.error)
+                continue
+            expected, rounded = (
+                self._outcomes[_on_cpu(case.group, dtype)].value for dtype in _DTYPES
+            )
+            if expected is None or rounded is None:
+                yield Finding(case.name, not_run="there is nothing of the CPU to compare it with")
+            elif case.dtype == "float32":
+                yield _in_float32(case.name, outcome.value, expected)
+            else:
+                loss = losses.get(case.name, math.nan)
+                yield _in_bfloat16(case.name, outcome.value, expected, rounded, loss)
+
+
+def _on_cpu(group: str, dtype: str) -> str:
+    return " ".join(filter(None, ("the CPU", group, dtype)))
+
+
+def _in_float32(name: str, found: Run, expected: Run) -> Finding:
+    failures = []
+    if found.tokens != expected.tokens:
+        failures.append("greedy tokens differ from the CPU's")
+    distance = _distance(found, expected)
+    failures += _far("logprobs", distance, _FP32_TOLERANCE)
+    return Finding(name, f"{distance:.2g} of {_FP32_TOLERANCE:.2g}", failures)
+
+
+def _in_bfloat16(name: str, found: Run, expected: Run, rounded: Run, loss: float) -> Finding:
+    tolerance = 2 * _distance(rounded, expected)
+    mean_tolerance = 1.25 * _mean_distance(rounded, expected)
+    distance, mean = _distance(found, expected), _mean_distance(found, expected)
+    failures = _far("logprobs", distance, tolerance)
+    failures += _far("logprobs, on average,", mean, mean_tolerance)
+    if not loss <= tolerance:
+        failures.append(f"a greedy token is {loss:.2g} less likely than the CPU's best one")
+    numbers = (distance, tolerance), (mean, mean_tolerance), (loss, tolerance)
+    return Finding(name, ", ".join(f"{one:.2g} of {most:.2g}" for one, most in numbers), failures)
+
+
+def run_engine(device: str, dtype: str, checkpoint: Path, flags: Mapping[str, object]) -> Run:
+    """What an engine computes.
+
+    Args:
+        device: of it.
+        dtype: of it.
+        checkpoint: that it runs.
+        flags: others of it.
+
+    Raises:
+        ConfigError: it cannot run here.
+    """
+    with _engine(device, dtype, checkpoint, **flags) as llm:
+        return _run(llm, _prompts(length=64))
+
+
+def greedy_losses(
+    checkpoint: Path, flags: Mapping[str, object], tokens: Mapping[str, list[list[int]]]
+) -> dict[str, float]:
+    """How much less likely than the CPU's best token one of these is, at most, by name.
+
+    Args:
+        checkpoint: that the CPU runs in fp32.
+        flags: of it.
+        tokens: by name, that were generated behind each prompt.
+    """
+    with _engine("cpu", "float32", checkpoint, **flags) as judge:
+        texts = _prompts(length=64)
+        return {name: _greedy_loss(judge, texts, each) for name, each in tokens.items()}
 
 
 def _engine(device: str, dtype: str, checkpoint: Path, **flags: object) -> LLM:
@@ -219,7 +321,7 @@ def _engine(device: str, dtype: str, checkpoint: Path, **flags: object) -> LLM:
         dtype=dtype,
         kv_cache_num_tokens=16384,
         max_topk_logprobs=VOCAB_SIZE,
-        log_level="WARNING",
+        log_level="INFO",
         **flags,
     )
 
@@ -260,12 +362,11 @@ def _mean_distance(one: Run, other: Run) -> float:
     return float(np.sqrt(np.square(one.logprobs - other.logprobs).mean()))
 
 
-def _far(dtype: str, distance: float, tolerance: float) -> list[str]:
-    print(f"  {dtype}: logprobs differ from the CPU's by {distance:.2g}, of {tolerance:.2g}")
+def _far(what: str, distance: float, tolerance: float) -> list[str]:
     # Not a number is not near either.
     if distance <= tolerance:
         return []
-    return [f"in {dtype}, logprobs differ from the CPU's by {distance:.2g}, over {tolerance:.2g}"]
+    return [f"{what} differ from the CPU's by {distance:.2g}, over {tolerance:.2g}"]
 
 
 def _greedy_loss(llm: LLM, texts: list[list[int]], tokens: list[list[int]]) -> float:

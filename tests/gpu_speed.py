@@ -1,9 +1,9 @@
 """How fast a device serves, and how fast it could: part of ``make gpu-check``.
 
 A model with random weights runs in the engine's own processes: a manager, a worker, and the text
-core here. Two loads run one after the other:
+core here. There is an engine for each setup, and two loads run one after the other:
 
-repeated   8 prompts, many samples of each: once with prefixes read once, and once without
+repeated   8 prompts, many samples of each
 chat       prompts with nothing in common, of log-normal lengths
 
 *Roofline*: what ``bound_s`` says, with rates that are measured on the spot.
@@ -18,7 +18,8 @@ from __future__ import annotations
 import shutil
 import statistics
 import subprocess
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from tokasaurus.bench.peers.workloads import Request, Workload
 from tokasaurus.bench.roofline import RooflineConfig, matrix_gflop_per_s, memory_gb_per_s
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["SIZES", "Size", "Speed", "measure_rates", "measure_speeds"]
+__all__ = ["SETUPS", "SIZES", "Setup", "Size", "Speed", "measure_rates", "measure_speeds"]
 
 _WIDTHS = {"float32": 4, "bfloat16": 2}
 _PAGE = 16
@@ -51,7 +52,7 @@ class Size:
         new_tokens: of each sample.
         chat: the number of requests, as a multiple of 96.
         batch_tokens: of a batch, at most.
-        compiles: torch.compile is on.
+        compiles: torch.compile is tried.
         roofline: what is measured.
     """
 
@@ -89,6 +90,46 @@ SIZES = {
 
 
 @dataclass(frozen=True)
+class Setup:
+    """An engine that loads run in.
+
+    Attributes:
+        attention: of it.
+        compiles: torch.compile is on.
+        shares: prefixes are read once.
+        loads: that run, one after the other.
+    """
+
+    attention: str
+    compiles: bool = False
+    shares: bool = True
+    loads: tuple[str, ...] = ("repeated", "chat")
+
+    @property
+    def name(self) -> str:
+        compiles = ", torch_compile=T" if self.compiles else ""
+        return f"attention={self.attention}{compiles}"
+
+    def name_of(self, load: str) -> str:
+        """The name of a load here."""
+        how = "" if load == "chat" else ", groups" if self.shares else ", no groups"
+        return f"{load}{how}"
+
+
+SETUPS: Mapping[str, Sequence[Setup]] = {
+    # What is worth most comes first, since the time may be up before the last.
+    "cuda": (
+        Setup("triton"),
+        Setup("flashinfer"),
+        Setup("triton", compiles=True, loads=("repeated",)),
+        Setup("flashinfer", compiles=True, loads=("repeated",)),
+        Setup("triton", shares=False, loads=("repeated",)),
+    ),
+    "cpu": (Setup("auto"), Setup("auto", shares=False, loads=("repeated",))),
+}
+
+
+@dataclass(frozen=True)
 class Speed:
     """What one load came to.
 
@@ -100,6 +141,7 @@ class Speed:
         manager_us: CPU time of the manager for a batch, in microseconds.
         num_batches: that ran.
         num_recompiles: while it ran.
+        setup: of the engine.
     """
 
     name: str
@@ -109,6 +151,7 @@ class Speed:
     manager_us: float
     num_batches: int
     num_recompiles: int
+    setup: str = ""
 
 
 def measure_rates(device: str, size: Size) -> Rates:
@@ -117,28 +160,40 @@ def measure_rates(device: str, size: Size) -> Rates:
     return Rates(1e9 * matrix_gflop_per_s(config, size.dtype), 1e9 * memory_gb_per_s(config))
 
 
-def measure_speeds(device: str, size: Size, rates: Rates, directory: Path) -> Iterator[Speed]:
-    """Runs every load.
+def measure_speeds(
+    device: str, size: Size, rates: Rates, directory: Path, setup: Setup
+) -> tuple[list[Speed], str | None]:
+    """Runs the loads of an engine.
 
     Args:
         device: that the worker runs on.
         size: of the loads.
         rates: of the device.
-        directory: for a model without weights.
+        directory: for a model without weights; it exists.
+        setup: of the engine.
+
+    Returns:
+        What has run, and why the rest has not; None if all has.
     """
     shape, width = SHAPES[size.shape], _WIDTHS[size.dtype]
     make_without_weights(shape, directory)
-    chat = Workload("mixed", shape.vocab_size, size.chat).requests()
-    for shares in (True, False):
-        with loaded_engine(_flags(device, size, directory, shares=shares)) as engine:
-            # The repetitions of a workload differ in their ids.
-            loads = [("repeated", _repeated(size, shape))]
-            if shares:
-                loads.append(("chat", chat))
-            for name, requests in loads:
-                bound = bound_s(shape, width, requests, size.max_seqs, rates, shares=shares)
-                how = "" if name == "chat" else ", groups" if shares else ", no groups"
-                yield _measure(engine, device, f"{name}{how}", requests, bound)
+    requests = {
+        "chat": Workload("mixed", shape.vocab_size, size.chat).requests(),
+        # The repetitions of a workload differ in their ids.
+        "repeated": _repeated(size, shape),
+    }
+    speeds: list[Speed] = []
+    try:
+        with loaded_engine(_flags(device, size, directory, setup)) as engine:
+            for load in setup.loads:
+                some = requests[load]
+                bound = bound_s(shape, width, some, size.max_seqs, rates, shares=setup.shares)
+                speeds.append(_measure(engine, device, setup, load, some, bound))
+                print(f"{speeds[-1]}", flush=True)
+    except Exception as error:
+        traceback.print_exc()
+        return speeds, f"{type(error).__name__}: {error}"
+    return speeds, None
 
 
 def _repeated(size: Size, shape: Shape) -> list[Request]:
@@ -149,7 +204,7 @@ def _repeated(size: Size, shape: Shape) -> list[Request]:
     ]
 
 
-def _flags(device: str, size: Size, directory: Path, *, shares: bool) -> dict[str, object]:
+def _flags(device: str, size: Size, directory: Path, setup: Setup) -> dict[str, object]:
     return {
         "model": str(directory),
         "device": device,
@@ -159,14 +214,20 @@ def _flags(device: str, size: Size, directory: Path, *, shares: bool) -> dict[st
         "page_size": _PAGE,
         "max_seqs_per_forward": size.max_seqs,
         "max_tokens_per_forward": size.batch_tokens,
-        "torch_compile": size.compiles,
-        "use_hydragen": None if shares else False,
+        "attention": setup.attention,
+        "torch_compile": setup.compiles,
+        "use_hydragen": None if setup.shares else False,
         "max_n": size.num_samples,
     }
 
 
 def _measure(
-    engine: LoadedEngine, device: str, name: str, requests: list[Request], bound: float
+    engine: LoadedEngine,
+    device: str,
+    setup: Setup,
+    load: str,
+    requests: list[Request],
+    bound: float,
 ) -> Speed:
     # What the first requests load is no part of it.
     engine.run([Request(requests[0].prompt[:8], 2, 2)])
@@ -183,13 +244,14 @@ def _measure(
     if shares:
         idle = max(idle, 1 - statistics.median(shares))
     return Speed(
-        name=name,
+        name=setup.name_of(load),
         tokens_per_s=num_tokens / seconds,
         roofline=bound / seconds,
         idle=idle,
         manager_us=1e6 * cpu_s / num_batches,
         num_batches=num_batches,
         num_recompiles=after.num_recompiles,
+        setup=setup.name,
     )
 
 
@@ -204,7 +266,11 @@ def _busy_shares(device: str) -> Iterator[list[float]]:
     if device != "cuda" or program is None:
         yield shares
         return
-    words = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"-lms={_SAMPLE_MS}"]
+    words = [
+        "--query-gpu=utilization.gpu",
+        "--format=csv,noheader,nounits",
+        f"--loop-ms={_SAMPLE_MS}",
+    ]
     process = subprocess.Popen(
         [program, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

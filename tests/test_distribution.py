@@ -16,7 +16,7 @@ from engine_process import EngineProcess
 
 from tokasaurus.demo.corpus.chat_table import JOKES
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 CHECKOUT = Path(__file__).parent.parent
 COMMANDS = (

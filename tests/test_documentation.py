@@ -14,6 +14,7 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+INSTALL = re.compile(r"pip install (?:-\S+ )*'?(\.|tokasaurus)(?:\[([\w,-]+)\])?(?=['\s`])")
 SAME = [
     ('{"a": [\n  1,\n  2\n]}', '{"a":[1,2]}'),
     ('{"a": 0.5}', '{"a":0.504}'),
@@ -52,6 +53,20 @@ def broken(page: Path) -> list[str]:
 def test_links_lead_somewhere():
     wrong = [link for page in PAGES for link in broken(page)]
     assert not wrong, f"links to what is not there: {wrong}"
+
+
+def test_pip_installs_this_engine_and_extras_that_exist():
+    """The name alone would install the engine that has it on PyPI."""
+    listed = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")[1]
+    extras = re.findall(r"^(\w+) = \[", listed.split("\n[")[0], re.MULTILINE)
+    assert "cuda" in extras
+    wrong = []
+    for page in PAGES:
+        for name, named in INSTALL.findall(page.read_text()):
+            known = set(named.split(",")) <= {*extras} if named else name == "."
+            if not known:
+                wrong.append(f"{page.relative_to(ROOT)}: {name}[{named}]")
+    assert not wrong, f"installs something else, or nothing: {wrong}"
 
 
 def test_what_counts_as_the_printed_answer():

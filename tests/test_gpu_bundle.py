@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
+import torch
 from gpu_bundle import MOST_BYTES, PRESENT, install_script, make_stub, too_large
 
 
@@ -34,4 +36,34 @@ def test_the_script_installs_flashinfer_without_what_it_asks_for(tmp_path):
     subprocess.run(["sh", "-n", str(script)], check=True)
     missing = subprocess.run(["sh", str(script)], capture_output=True, text=True)
     assert missing.returncode != 0
-    assert "name the python to install for" in missing.stderr
+    assert "name the python that has PyTorch" in missing.stderr
+
+
+def test_the_environment_sees_what_the_environment_of_its_python_has(tmp_path):
+    """The python of these tests is of an environment, and so is that of the machine."""
+    assert sys.prefix != sys.base_prefix
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in ("apache_tvm_ffi", "nvidia_ml_py", "ninja", "flashinfer_python"):
+        modules = {"flashinfer/__init__.py": "__version__ = 'a stub'"}
+        make_stub(wheels, name, "99", modules if name == "flashinfer_python" else None)
+    script = tmp_path / "install.sh"
+    # Any version stands for the one that is wanted.
+    script.write_text(re.sub(r"(==|>=)[\d.,<]+", "", install_script()))
+    environment = tmp_path / "environment"
+    built = tmp_path / "kernels" / "page" / "page.so"
+    built.parent.mkdir(parents=True)
+    built.write_text("a library")
+    done = subprocess.run(
+        ["sh", str(script), sys.executable, str(environment)], capture_output=True, text=True
+    )
+    assert "installed; FlashInfer a stub" in done.stdout, done.stdout + done.stderr
+    look = "import importlib.util as u, sys; print(u.find_spec('torch').origin, sys.prefix)"
+    found = subprocess.run(
+        [str(environment / "bin" / "python"), "-c", look], capture_output=True, text=True
+    )
+    assert found.stdout.split() == [torch.__file__, str(environment)], found.stderr
+    (copied,) = environment.rglob("flashinfer/data/aot/page/page.so")
+    assert copied.read_text() == "a library"
+    # What it installs is in it, and not beside PyTorch.
+    assert len(list(environment.rglob("flashinfer_python-99.dist-info"))) == 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
 import stat
-import time
 from dataclasses import replace
 
 import gpu_check
@@ -13,6 +14,9 @@ import gpu_speed
 import pytest
 import torch
 from checkpoints import make_checkpoint
+from engine_process import eventually
+from gpu_job_samples import aborts, hangs, refuses, sums
+from gpu_jobs import Job, run_here, run_in_processes
 
 from tokasaurus.bench.peers.checkpoint import SHAPES
 from tokasaurus.bench.peers.loads import Rates, bound_s
@@ -20,7 +24,7 @@ from tokasaurus.bench.peers.workloads import Request
 from tokasaurus.model.backend.cpu.compiled import CompiledAttention
 from tokasaurus.model.backend.cpu.sampling import CompiledSampling
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 
 @pytest.fixture(scope="module")
@@ -36,45 +40,79 @@ def few_tokens(monkeypatch):
     monkeypatch.setattr(gpu_parity, "_NUM_TOKENS", 12)
 
 
-def test_a_device_that_computes_the_same_passes(checkpoints, capsys, monkeypatch):
-    _, groups, *_ = gpu_parity._options("cpu", compiles=False)
-    monkeypatch.setattr(gpu_parity, "_options", lambda *_: [groups])
+def found(one, other, group="", options=None, monkeypatch=None):
+    """The findings of a CPU that is compared with a CPU, by case."""
+    if monkeypatch is not None:
+        monkeypatch.setattr(gpu_parity, "_groups", lambda _: (group,))
+        monkeypatch.setattr(gpu_parity, "_options", lambda *_: options)
+    parity = gpu_parity.Parity("cpu", one, other, compiles=False)
+    outcomes = {job.name: outcome for job, outcome in run_here(parity.jobs())}
+    judged = {job.name: outcome for job, outcome in run_here(parity.judging(outcomes))}
+    return {each.name: each for each in parity.findings(judged)}
+
+
+def test_a_device_that_computes_the_same_passes(checkpoints, monkeypatch):
+    _, groups = gpu_parity._options("cpu", "", compiles=False)
     same, _ = checkpoints
-    assert gpu_parity.check("cpu", same, same, compiles=False) == []
-    lines = capsys.readouterr().out.splitlines()
-    for what in (
-        "attention=compiled, prefixes read once",
-        "attention=reference, prefixes read once",
-    ):
-        assert f" {what}" in lines
-    assert len([line for line in lines if "bfloat16: logprobs differ" in line]) == 2
-
-
-def test_options_of_a_gpu_are_tried_on_a_gpu():
-    groups = list(gpu_parity._groups("cuda", compiles=True))
-    assert [option.name for _, options in groups for option in options] == [
-        "as usual",
-        "prefixes read once",
-        "torch_compile=T",
-        "use_cudagraphs=F",
-        "quantization=fp8",
-        "kv_cache_dtype=fp8",
+    findings = found(same, same, "", [groups], monkeypatch)
+    assert list(findings) == [
+        f"attention={name}, prefixes read once, {dtype}"
+        for name in ("compiled", "reference")
+        for dtype in ("float32", "bfloat16")
     ]
+    for each in findings.values():
+        assert (each.failures, each.not_run) == ([], None), each
+
+
+def test_a_device_that_computes_something_else_fails_in_both_dtypes(checkpoints, monkeypatch):
+    one, other = checkpoints
+    findings = found(one, other, "", [gpu_parity.Option("as usual", {})], monkeypatch)
+    for name in ("compiled", "reference"):
+        exact, rounded = (
+            "\n".join(findings[f"attention={name}, as usual, {dtype}"].failures)
+            for dtype in ("float32", "bfloat16")
+        )
+        for part in ("greedy tokens differ", "logprobs differ"):
+            assert part in exact, exact
+        for part in ("logprobs differ", "logprobs, on average, differ", "a greedy token is"):
+            assert part in rounded, rounded
+
+
+def test_each_backend_of_a_gpu_is_tried_with_each_option():
+    """FlashInfer has nothing in fp32, and its kernels are built while others run."""
+    cases = [
+        (each.flags["attention"], each.name, each.dtype)
+        for each in gpu_parity.cases("cuda", compiles=True)
+    ]
+    options = ("as usual", "prefixes read once", "torch_compile=T", "use_cudagraphs=F")
+    expected = []
+    for group, names in (("", options), ("quantization=fp8", ()), ("kv_cache_dtype=fp8", ())):
+        for attention in ("triton", "reference", "flashinfer"):
+            for option in names or (group,):
+                if attention == "reference" and option in (*options[2:], "quantization=fp8"):
+                    continue
+                for dtype in ("float32", "bfloat16"):
+                    if dtype == "float32" and (group or attention == "flashinfer"):
+                        continue
+                    expected.append((attention, f"attention={attention}, {option}, {dtype}", dtype))
+    assert cases == expected
+    assert len(cases) == 21
 
 
 @pytest.mark.long
-def test_eight_bits_are_compared_with_eight_bits(checkpoints, capsys):
+def test_eight_bits_are_compared_with_eight_bits(checkpoints, monkeypatch):
     same, other = checkpoints
-    for flags in gpu_parity._EIGHT_BITS:
-        option = gpu_parity.Option("fp8", {}, is_of_attention=True, in_float32=False)
+    for group in ("quantization=fp8", "kv_cache_dtype=fp8"):
         for checkpoint, is_same in ((same, True), (other, False)):
-            with gpu_parity._expecting("cpu", checkpoint, same, flags) as check:
-                failures = gpu_parity._check_options(check, [option])
-            assert (failures == []) == is_same, (flags, failures)
-    # A KV cache in e4m3 is for the reference alone, on a CPU.
-    printed = capsys.readouterr().out
-    assert printed.count("attention=compiled, fp8") == 2
-    assert printed.count("attention=reference, fp8") == 4
+            option = gpu_parity.Option("fp8", {})
+            findings = found(checkpoint, same, group, [option], monkeypatch)
+            for name, each in findings.items():
+                if "compiled" in name and group.startswith("kv"):
+                    # A KV cache in e4m3 is for the reference alone, on a CPU.
+                    assert "kv_cache_dtype" in each.not_run
+                else:
+                    assert (list(each.failures) == []) == is_same, each
+            assert len(findings) == 2
 
 
 @pytest.fixture
@@ -83,13 +121,22 @@ def few_shapes(monkeypatch):
     monkeypatch.setattr(gpu_kernels, "_VOCABULARIES", gpu_kernels._VOCABULARIES[:3])
 
 
-def test_kernels_that_compute_the_same_pass(few_shapes, capsys):
-    """And so tells each dtype of each backend but the reference."""
-    assert gpu_kernels.check_kernels("cpu") == []
-    lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if "compiled, attention in" in line]) == 3
-    assert len([line for line in lines if "compiled, operators in" in line]) == 3
-    assert "  compiled: 0 of 540 drawn tokens differ from the CPU's" in lines
+def kernel_outcomes():
+    jobs = gpu_kernels.kernel_jobs("cpu", builds_all=False)
+    return {job.name: outcome.value for job, outcome in run_here(jobs)}
+
+
+def test_kernels_that_compute_the_same_pass(few_shapes):
+    outcomes = kernel_outcomes()
+    for dtype in ("float32", "float16", "bfloat16"):
+        result, failures = outcomes.pop(f"attention=compiled, kernels in {dtype}")
+        assert re.fullmatch(r"attention [\d.e-]+, operators [\d.e-]+ of [\d.e-]+", result)
+        assert failures == []
+    assert outcomes.pop("attention=compiled, draws") == ("0 of 540 drawn tokens differ", [])
+    ((what, (result, failures)),) = outcomes.items()
+    assert what == "attention=compiled, large batches"
+    assert re.fullmatch(r"[\d.e-]+, [\d.e-]+ of 0.03", result)
+    assert failures == []
 
 
 def test_kernels_that_compute_something_else_fail(few_shapes, monkeypatch):
@@ -98,29 +145,29 @@ def test_kernels_that_compute_something_else_fail(few_shapes, monkeypatch):
         CompiledAttention, "attend", lambda *arguments: attend(*arguments) * torch.nan
     )
     monkeypatch.setattr(CompiledSampling, "draw", lambda _, logits, draws: logits.argmax(-1))
-    found = "\n".join(gpu_kernels.check_kernels("cpu"))
+    outcomes = kernel_outcomes()
     for dtype in ("float32", "float16", "bfloat16"):
-        assert f"compiled, attention in {dtype}: batch" in found
-    assert "drawn tokens differ" in found
-    for right in ("operators", "rankings", "sums"):
-        assert right not in found
+        _, (failure,) = outcomes.pop(f"attention=compiled, kernels in {dtype}")
+        assert failure.startswith("attention of batch")
+    _, (failure,) = outcomes.pop("attention=compiled, draws")
+    assert "drawn tokens differ" in failure
+    ((result, (failure,)),) = outcomes.values()
+    assert result == "nan, nan of 0.03"
+    assert "differs by nan" in failure
 
 
-def test_a_device_that_computes_something_else_fails_in_both_dtypes(checkpoints, monkeypatch):
-    monkeypatch.setattr(
-        gpu_parity, "_options", lambda *_: [gpu_parity.Option("as usual", {}, is_of_attention=True)]
-    )
-    one, other = checkpoints
-    failures = "\n".join(gpu_parity.check("cpu", one, other, compiles=False))
-    for part in (
-        "attention=compiled, as usual: in float32, greedy tokens differ",
-        "attention=reference, as usual: in float32, greedy tokens differ",
-        "in float32, logprobs differ",
-        "in bfloat16, logprobs differ",
-        "in bfloat16, on average, logprobs differ",
-        "in bfloat16, a greedy token is",
-    ):
-        assert part in failures, failures
+def test_flashinfer_builds_one_kind_of_kernels_unless_all_are_asked_for():
+    """Its build comes first, since others wait for it."""
+
+    def jobs(**options):
+        jobs = gpu_kernels.kernel_jobs("cuda", **options)
+        return [job.arguments[2:] for job in jobs if job.arguments[0] == "flashinfer"]
+
+    large = (1500, 64, 1 << 31)
+    assert jobs(builds_all=False) == [(torch.bfloat16, (64,)), (), large]
+    assert jobs(builds_all=True) == [(torch.float16, None), (torch.bfloat16, None), (), large]
+    first, *_ = gpu_kernels.kernel_jobs("cuda", builds_all=False)
+    assert first.arguments[0] == "flashinfer"
 
 
 def test_without_cuda_nothing_is_checked(monkeypatch, capsys):
@@ -132,13 +179,19 @@ def test_without_cuda_nothing_is_checked(monkeypatch, capsys):
 def test_the_loads_run_in_the_processes_of_an_engine(capsys):
     assert gpu_check.main(["device=cpu", "size=tiny", "parts=speed"]) == 0
     printed = capsys.readouterr().out
+    (_, lines) = printed.split("\n\n")
     for name in ("repeated, groups", "repeated, no groups", "chat"):
-        assert f"{name}: tokens/s" in printed
-        assert f"{name}: share of the roofline" in printed
-        assert f"{name}: manager's time for a batch" in printed
+        for what in ("tokens/s", "share of the roofline", "manager's time for a batch"):
+            assert f"attention=auto: {name}: {what}" in lines
+            assert f"== attention=auto: {name}: {what}" in printed, "it is printed at once, too"
     # Rates have gates on a GPU only. Nothing may be compiled late, anywhere.
-    assert ">=" not in printed
-    assert printed.count("passed") == 3
+    assert ">=" not in lines
+    assert lines.count("passed") == 3
+
+
+def test_what_has_no_time_to_run_is_said(capsys):
+    assert gpu_check.main(["device=cpu", "size=tiny", "limit_s=1", "parts=speed"]) == 1
+    assert "NOT RUN" in capsys.readouterr().out
 
 
 def dense_work(shape, width, requests, shares):
@@ -187,7 +240,7 @@ def test_repeated_sampling_on_an_h200_could_come_to_this():
     assert 0.6 * tokens / bound == pytest.approx(137_000, rel=0.03)
 
 
-GOOD = gpu_speed.Speed("repeated, groups", 150_000, 0.65, 0.01, 500, 300, 0)
+GOOD = gpu_speed.Speed("repeated, groups", 150_000, 0.65, 0.01, 500, 300, 0, "attention=triton")
 
 
 @pytest.mark.parametrize(
@@ -197,38 +250,78 @@ GOOD = gpu_speed.Speed("repeated, groups", 150_000, 0.65, 0.01, 500, 300, 0)
         ({"tokens_per_s": 119_999}, "tokens/s"),
         ({"roofline": 0.59}, "share of the roofline"),
         ({"idle": 0.03}, "idle"),
-        ({"num_recompiles": 1}, "recompiles"),
-        ({"name": "chat", "tokens_per_s": 10, "idle": 0.5}, None),
     ],
 )
 def test_each_gate_can_fail(change, failed):
-    speed = replace(GOOD, **change)
-    lines = list(gpu_check._lines(speed, has_gates=True))
+    slower = replace(GOOD, tokens_per_s=10, idle=0.5, setup="attention=flashinfer")
+    chat = replace(slower, name="chat", tokens_per_s=200_000)
+    lines = list(gpu_check._gates([slower, replace(GOOD, **change), chat]))
+    assert all("with attention=triton" in each.result for each in lines)
     verdicts = {each.what.split(": ")[1]: each.verdict for each in lines}
     assert [what for what, verdict in verdicts.items() if verdict == "FAILED"] == (
         [failed] if failed else []
     )
-    without = list(gpu_check._lines(replace(speed, num_recompiles=0), has_gates=False))
-    assert all(each.passed for each in without)
 
 
-def test_a_gate_that_fails_is_the_exit_status(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "check_kernels", lambda device: ["one differs"])
+def test_gates_of_what_did_not_run_do_not_hold():
+    assert [each.verdict for each in gpu_check._gates([])] == ["NOT RUN"] * 3
+
+
+def test_a_graph_that_is_compiled_late_fails():
+    for count, verdict in ((0, "passed"), (1, "FAILED")):
+        *_, line = gpu_check._of_speed(replace(GOOD, num_recompiles=count))
+        assert line.verdict == verdict
+
+
+def test_a_difference_is_the_exit_status(monkeypatch, capsys):
+    jobs = [Job("one", sums, (2,)), Job("other", sums, (1,))]
+    monkeypatch.setattr(gpu_check, "kernel_jobs", lambda *_, **__: jobs)
+    monkeypatch.setattr(gpu_check, "run_in_processes", lambda jobs, *_: run_here(jobs))
     assert gpu_check.main(["device=cpu", "parts=kernels"]) == 1
-    printed = capsys.readouterr()
-    assert "FAILED: one differs" in printed.err
-    assert "1 differences" in printed.out
+    printed = capsys.readouterr().out
+    assert "FAILED: one: 2 differs" in printed
+    assert re.search(r"^one +2 +no difference +FAILED$", printed, re.MULTILINE)
+    assert re.search(r"^other +1 +no difference +passed$", printed, re.MULTILINE)
+
+
+def test_jobs_go_on_where_one_ends_its_process(capsys):
+    jobs = [Job("aborts", aborts), Job("refuses", refuses), Job("sums", sums, (1,))]
+    outcomes = dict(run_in_processes(jobs, 2, lambda: False))
+    by_name = {job.name: outcome for job, outcome in outcomes.items()}
+    assert by_name["sums"].value == ("1", [])
+    assert by_name["aborts"].has_run
+    assert "status -6" in by_name["aborts"].error
+    assert "before the end" in by_name["aborts"].error
+    assert not by_name["refuses"].has_run
+    assert "Triton is not installed" in by_name["refuses"].error
+    assert "   before the end" in capsys.readouterr().out
+
+
+def test_a_job_that_hangs_is_ended_in_time(tmp_path):
+    path = tmp_path / "pid"
+    jobs = [Job("hangs", hangs, (path,)), Job("waits", sums, (1,))]
+    outcomes = {
+        job.name: (outcome.has_run, outcome.error)
+        for job, outcome in run_in_processes(jobs, 1, lambda: path.exists() and path.read_text())
+    }
+    assert outcomes.pop("waits") == (False, "there was no time for it")
+    ((has_run, error),) = outcomes.values()
+    assert not has_run
+    assert error.startswith("it was ended after")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(path.read_text()), 0)
 
 
 def test_nvidia_smi_says_how_long_kernels_ran(tmp_path, monkeypatch):
-    program = tmp_path / "nvidia-smi"
+    program, told = tmp_path / "nvidia-smi", tmp_path / "told"
     program.write_text(
-        "#!/bin/sh\nfor i in 0 90 98 97 99 96 95 98 97 2; do echo $i; done\nexec sleep 30\n"
+        "#!/bin/sh\nfor i in 0 90 98 97 99 96 95 98 97 2; do echo $i; done\n"
+        f": > {told}\nexec sleep 30\n"
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with gpu_speed._busy_shares("cuda") as shares:
-        time.sleep(0.3)
+        eventually(told.exists, "ten shares")
     assert shares == [0.9, 0.98, 0.97, 0.99, 0.96, 0.95, 0.98, 0.97]
     with gpu_speed._busy_shares("cpu") as shares:
         pass

@@ -31,8 +31,8 @@ PENALTIES = Adjustments(
 )
 
 
-def load_vocabulary():
-    padding = [b""] * (VOCAB_SIZE - len(VOCABULARY.tokens))
+def load_vocabulary(vocab_size=VOCAB_SIZE):
+    padding = [b""] * (vocab_size - len(VOCABULARY.tokens))
     return dataclasses.replace(VOCABULARY, tokens=[*VOCABULARY.tokens, *padding])
 
 

@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,36 @@ URL = "/v1/completions"
 MAX_ANSWER_S = 0.1
 MAX_SAMPLES = 64
 
-# By moment: a function that returns then, and the number of the call that is followed by it.
+
+@dataclass(frozen=True)
+class Crash:
+    """A function that has just been called for the nth time, or is about to be.
+
+    Attributes:
+        status: of the batch at this moment.
+    """
+
+    owner: Any
+    name: str
+    number: int
+    status: str
+    before: bool = False
+
+
+# Of a batch of 100 lines, the first record has the bad ones, and the answers to the others need two
+# more at least: only MAX_SAMPLES lines are in flight, each until its answer is recorded.
 CRASHES = {
-    "answers are on the disk but not committed": (store_module, "_write_at", 3),
-    "answers are committed": (JobStore, "record", 3),
-    "results are written but the batch is not finished": (runner_module, "write_results", 1),
-    "the batch is finished but its answers are not deleted": (JobStore, "_change", 6),
-    "the file is checked but nothing is recorded": (runner_module, "validate", 1),
+    "answers are on the disk but not committed": Crash(store_module, "_write_at", 3, "in_progress"),
+    "answers are committed": Crash(JobStore, "record", 3, "in_progress"),
+    "results are written but the batch is not finished": Crash(
+        runner_module, "write_results", 1, "finalizing"
+    ),
+    "the batch is finished but its answers are not deleted": Crash(
+        Path, "unlink", 1, "completed", before=True
+    ),
+    "the file is checked but nothing is recorded": Crash(
+        runner_module, "validate", 1, "validating"
+    ),
 }
 
 
@@ -61,25 +85,27 @@ async def run(directory: Path) -> None:
     await runner.close()
 
 
-def crash_after(owner: Any, name: str, number: int) -> None:
-    """Replaces a function by one that kills the process after its call of that number."""
-    function: Callable[..., Any] = getattr(owner, name)
+def crash_at(moment: Crash) -> None:
+    """Replaces the function by one that kills the process then."""
+    function: Callable[..., Any] = getattr(moment.owner, moment.name)
     calls = 0
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        result = function(*args, **kwargs)
         calls += 1
-        if calls == number:
+        if moment.before and calls == moment.number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if calls == moment.number:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    setattr(owner, name, wrapped)
+    setattr(moment.owner, moment.name, wrapped)
 
 
 def main(directory: str, moment: str = "") -> None:
     if moment in CRASHES:
-        crash_after(*CRASHES[moment])
+        crash_at(CRASHES[moment])
     elif moment:
         signal.setitimer(signal.ITIMER_REAL, float(moment))  # no handler: SIGALRM ends the process
     asyncio.run(run(Path(directory)))

@@ -4,6 +4,7 @@ is answered exactly once."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import signal
@@ -48,6 +49,10 @@ def test_kills_at_random_moments(tmp_path, num_kills):
 def test_a_kill_right_after(tmp_path, moment):
     batch_id = new_batch(tmp_path, 100)
     assert exit_status(tmp_path, moment) == -signal.SIGKILL
+    has_answers = bool(list((tmp_path / "answers").iterdir()))
+    assert has_answers == (CRASHES[moment].status != "validating")
+    with contextlib.closing(JobStore(tmp_path)) as store:
+        assert store.batch(batch_id).status == CRASHES[moment].status
     asyncio.run(run(tmp_path))
     check(tmp_path, batch_id, 100)
 
@@ -70,6 +75,7 @@ def test_a_directory_that_cannot_be_created_is_refused(tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("num_kills", "num_lines", "max_seqs"),
     [(1, 60, 4), pytest.param(20, 6000, 64, marks=pytest.mark.long)],
@@ -125,6 +131,7 @@ def wait_for_answers(client: openai.OpenAI, batch_id: str, number: int) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 def test_an_engine_is_refused_a_directory_that_another_process_uses(tmp_path):
     data_dir = tmp_path / "data"
     store = JobStore(data_dir)

@@ -16,7 +16,7 @@ from tokasaurus.batch.store import JobStore
 from tokasaurus.errors import EngineNotReady
 
 NUM_LINES = 900
-MOST_TURNS = 12
+MOST_TURNS = 20
 
 
 def test_each_line_is_asked_once_however_often_another_runner_takes_over(tmp_path):
@@ -25,21 +25,36 @@ def test_each_line_is_asked_once_however_often_another_runner_takes_over(tmp_pat
     data_dir = tmp_path / "data"
     batch_id = new_batch(data_dir, NUM_LINES)
     asked: Counter[int] = Counter()
+    goal, reached = 0, asyncio.Event()
 
     async def counting(path: str, body: Any, *, priority: int) -> tuple[int, bytes]:
         asked[body["number"]] += 1
+        if asked.total() >= goal:
+            reached.set()
         return await answer(path, body, priority=priority)
 
     async def take_turn(is_last: bool) -> bool:
+        nonlocal goal
         runner = BatchRunner(None, counting, urls=[URL], model="echo", max_samples=MAX_SAMPLES)
         with pytest.raises(EngineNotReady, match="another engine has"):
             _ = runner.store
         runner.adopt(JobStore(data_dir))
+        reached.clear()
+        num_more = rng.choice([0, rng.randrange(1, MAX_SAMPLES)])
+        goal = asked.total() + num_more
         await runner.start()
         if is_last:
             await runner.wait(batch_id)
+        elif num_more:
+            waiting = {
+                asyncio.create_task(each) for each in (reached.wait(), runner.wait(batch_id))
+            }
+            _, left = await asyncio.wait(waiting, return_when="FIRST_COMPLETED")
+            for each in left:
+                each.cancel()
         else:
-            await asyncio.sleep(rng.random() * 0.15)
+            for _ in range(rng.randrange(20)):
+                await asyncio.sleep(0)
         await runner.leave()
         assert runner.num_lines_in_flight == 0
         is_over = not await runner.on_disk(runner.store.unfinished_batches)
@@ -53,6 +68,7 @@ def test_each_line_is_asked_once_however_often_another_runner_takes_over(tmp_pat
                 return turn
         raise AssertionError("the last runner has left lines")
 
+    # With those in flight, no turn but the last asks more than twice as many as may be in flight.
     assert asyncio.run(take_turns()) > 4
     check(data_dir, batch_id, NUM_LINES)
     assert set(asked.values()) == {1}

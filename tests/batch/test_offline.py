@@ -220,6 +220,7 @@ class Run:
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 @pytest.mark.parametrize("num_lines", [60, pytest.param(300, marks=pytest.mark.long)])
 def test_a_run_that_is_interrupted_and_killed_continues(tmp_path, num_lines):
     lines = [{"prompt": f"number {i}", "max_tokens": 40 + i % 50} for i in range(num_lines)]
@@ -255,6 +256,7 @@ def test_a_run_that_is_interrupted_and_killed_continues(tmp_path, num_lines):
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 def test_a_directory_is_answered_file_by_file_and_its_cost_is_said(tmp_path):
     source, target = tmp_path / "in", tmp_path / "out"
     (source / "sub").mkdir(parents=True)

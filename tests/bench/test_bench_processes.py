@@ -25,7 +25,7 @@ from tokasaurus.errors import EngineDead
 from tokasaurus.model.facts import model_facts
 from tokasaurus.planner.configuration import simulated_slices
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 
 OUTPUT_TOKENS = 5

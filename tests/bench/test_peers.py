@@ -93,6 +93,7 @@ def peer(tmp_path, monkeypatch):
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 def test_engines_take_turns_and_the_results_are_kept(peer, tmp_path, capsys):
     output, plot = tmp_path / "peers.json", tmp_path / "peers.svg"
     flags = ["peers", f"vllm={peer(FAKE_VLLM)}", "shape=tiny", "repetitions=2", f"output={output}"]
@@ -115,6 +116,7 @@ def test_engines_take_turns_and_the_results_are_kept(peer, tmp_path, capsys):
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 def test_ours_with_int8_weights_is_one_more_engine(tmp_path, capsys):
     flags = ["shape=tiny", "workloads=single", "dtypes=float32", "repetitions=1"]
     assert main(["peers", "int8=T", *flags, f"plot={tmp_path / 'peers.svg'}"]) == 0
@@ -149,6 +151,7 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch, capsys):
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 def test_engines_of_a_gpu_run_what_they_are_asked(peer, tmp_path):
     """On this machine's processor, and without SGLang itself."""
     directory = tmp_path / "model"

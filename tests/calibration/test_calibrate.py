@@ -132,6 +132,7 @@ def limited(request):
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 def test_predictions_are_kept_beside_real_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(predict, "cache_directory", lambda: tmp_path / "cache")
     monkeypatch.setattr(predict, "_MAX_BATCH_TOKENS", 128)

@@ -68,6 +68,14 @@ async def pieces(data, size=100):
         yield data[start : start + size]
 
 
+async def until(check):
+    """Waits for what is under way without anybody who waits for it."""
+    deadline = time.monotonic() + 60
+    while not check():
+        assert time.monotonic() < deadline, "it never comes true"
+        await asyncio.sleep(0.02)
+
+
 def versions(directory):
     return {path.name.removesuffix(".safetensors") for path in directory.glob(".store/versions/*")}
 
@@ -173,7 +181,7 @@ def test_a_slow_source_holds_up_no_other(directory, server):
         for number in range(30):
             server.answers[f"/{number}.pt"] = never
             waiting.append(asyncio.create_task(store.resolve(remote(server, f"/{number}.pt"))))
-        await asyncio.sleep(0.1)
+        await until(lambda: server.questions)
         assert has_seed(await asyncio.wait_for(store.resolve(local("a")), 30), 1)
         assert not any(each.done() for each in waiting)
         gate.set()
@@ -256,12 +264,7 @@ def test_a_download_ends_with_the_last_request_that_waits_for_it(directory, serv
             each.cancel()
         results = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(each) for each in results] == [asyncio.CancelledError] * 2
-        for _ in range(100):
-            if not [*(directory / ".store").glob("incoming/*")]:
-                break
-            await asyncio.sleep(0.02)
-        else:
-            pytest.fail("the download left its files")
+        await until(lambda: not [*(directory / ".store").glob("incoming/*")])
 
     with_store(directory, run, **HOSTS)
 
@@ -395,12 +398,8 @@ def test_an_upload_has_a_name_and_outlives_the_store(directory):
         assert has_seed(again, 2)
         assert has_seed(added, 1)  # a request uses it
         store.release(added.metadata.digest)
-        for _ in range(100):
-            if versions(directory) == {again.metadata.digest}:
-                break
-            await asyncio.sleep(0.02)
-        else:
-            pytest.fail("a version stays that nothing names or uses")
+        # A version that nothing names or uses goes.
+        await until(lambda: versions(directory) == {again.metadata.digest})
 
     added = with_store(directory, upload)
     with_store(directory, look)
@@ -460,11 +459,7 @@ def test_a_deleted_name_is_gone_and_its_version_once_unused(directory, server):
         assert await store.all() == []
         assert has_seed(stored, 1)
         store.release(stored.metadata.digest)
-        for _ in range(100):
-            if not versions(directory):
-                break
-            await asyncio.sleep(0.02)
-        assert not versions(directory)
+        await until(lambda: not versions(directory))
         assert has_seed(await store.resolve(spec), 1)
         assert server.count("GET", "/c.pt") == 2
 
@@ -610,9 +605,8 @@ def test_cancelled_requests_hold_no_version(directory):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 store.release((await task).metadata.digest)
-        await asyncio.sleep(0.1)
         await store.delete("a")
-        assert not versions(directory)
+        await until(lambda: not versions(directory))
 
     with_store(directory, run)
 
@@ -676,10 +670,9 @@ def run_history(directory, server, seed, num_stores, num_actions):
                 known.pop(name, None)
             for stored, seed in used:
                 assert has_seed(stored, seed)
-        await asyncio.sleep(0.05)
         named = {each.cartridge.metadata.digest for each in await store.all()}
         in_use = {stored.metadata.digest for stored, _ in used}
-        assert versions(directory) == named | in_use
+        await until(lambda: versions(directory) == named | in_use)
 
     for _ in range(num_stores):
         with_store(directory, session, **HOSTS)

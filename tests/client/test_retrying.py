@@ -9,11 +9,13 @@ import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from file_server import Answer
+from loop_clock import LoopClock
 
-from tokasaurus.client import AsyncClient, Client, RetryPolicy
+from tokasaurus.client import AsyncClient, Client, RetryPolicy, failures
 from tokasaurus.client.failures import refusal
 from tokasaurus.errors import (
     AccessDenied,
@@ -125,16 +127,17 @@ def test_an_answer_that_breaks_off_is_asked_for_again(server, client):
 
 
 def test_an_answer_that_does_not_come_in_time_is_asked_for_again(server, client):
-    release = threading.Event()
+    release, clock = threading.Event(), LoopClock(client._loop._begun())
 
     def slow(question):
         if len(server.questions) == 1:
+            clock.advance(61)
             release.wait(30)
         return Answer.json(SAID)
 
     server.answers[PATH] = slow
     try:
-        assert client.complete("a", timeout_s=0.2).text == "said"
+        assert client.complete("a", timeout_s=60).text == "said"
         assert len(server.questions) == 2
     finally:
         release.set()
@@ -162,12 +165,20 @@ def test_an_engine_that_starts_late_is_reached(server):
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         address = reserved.getsockname()
-        policy = RetryPolicy(max_retries=40, starting_delay_s=0.05, backoff_factor=1)
+        several_are_refused = threading.Event()
+
+        class Endless(RetryPolicy):
+            def delay_s(self, retry, retry_after_s=None):
+                if retry == 3:
+                    several_are_refused.set()
+                return super().delay_s(retry, retry_after_s)
+
+        policy = Endless(max_retries=1 << 30, starting_delay_s=0.05, backoff_factor=1)
         with Client(f"http://127.0.0.1:{address[1]}", retry=policy) as client:
             answers = []
             thread = threading.Thread(target=lambda: answers.append(client.complete("a").text))
             thread.start()
-            time.sleep(0.2)  # several attempts are refused
+            assert several_are_refused.wait(60)
             reserved.listen()
             connection, _ = reserved.accept()
             with connection:
@@ -175,7 +186,7 @@ def test_an_engine_that_starts_late_is_reached(server):
                 body = Answer.json(SAID).body
                 head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n"
                 connection.sendall(head.encode() + body)
-                thread.join(10)
+                thread.join(60)
     assert answers == ["said"]
 
 
@@ -200,14 +211,16 @@ def test_a_pause_grows_up_to_its_limit_and_is_never_the_same():
         assert len(set(delays)) > 25
 
 
-def test_retry_after_is_the_least_that_is_waited():
+def test_retry_after_is_the_least_that_is_waited(monkeypatch):
+    now = 1_800_000_000
+    monkeypatch.setattr(failures, "time", SimpleNamespace(time=lambda: now))
     policy = RetryPolicy(starting_delay_s=1)
     assert 7.5 <= policy.delay_s(1, retry_after_s=7) <= 8
     for value, least, most in (
         ("7", 7, 7),
         ("0.25", 0.25, 0.25),
-        (email.utils.formatdate(time.time() + 60), 57, 61),
-        (email.utils.formatdate(time.time() - 60), 0, 0),
+        (email.utils.formatdate(now + 60), 60, 60),
+        (email.utils.formatdate(now - 60), 0, 0),
         ("-3", 0, 0),
         ("inf", 3600, 3600),
         ("nan", 0, 3600),
@@ -313,18 +326,19 @@ def test_an_error_in_a_stream_is_raised(server, client):
 
 
 def test_time_spent_waiting_for_a_turn_is_no_time_of_the_request(server):
-    """Two requests, one connection: the second has its whole time after the first."""
+    """Four requests, one connection: each has its whole time after those before it."""
 
-    def answer(question):
-        time.sleep(0.3)
-        return Answer.json(SAID)
+    async def all_of_them():
+        clock = LoopClock(asyncio.get_running_loop())
 
-    server.answers[PATH] = answer
+        def answer(question):
+            clock.advance(40)
+            return Answer.json(SAID)
 
-    async def both():
+        server.answers[PATH] = answer
         async with AsyncClient(
-            server.url, max_connections=1, timeout_s=0.5, retry=RetryPolicy(max_retries=0)
+            server.url, max_connections=1, timeout_s=60, retry=RetryPolicy(max_retries=0)
         ) as client:
             return await asyncio.gather(*(client.complete("a") for _ in range(4)))
 
-    assert [each.text for each in asyncio.run(both())] == ["said"] * 4
+    assert [each.text for each in asyncio.run(all_of_them())] == ["said"] * 4

@@ -284,6 +284,8 @@ def test_every_flag_of_another_engine_is_reported_with_ours():
         (["--context-length=4096"], "max_num_tokens_per_request"),
         (["--tensor-parallel-size", "2"], "tp_size"),
         (["-tp", "2"], "tp_size"),
+        (["-c", "65536"], "kv_cache_num_tokens"),
+        (["-np", "8"], "max_seqs_per_forward"),
         (["--max-num-seqs", "256"], "max_seqs_per_forward"),
         (["max_running_requests=256"], "max_seqs_per_forward"),
         (["--max-num-batched-tokens", "8192"], "max_tokens_per_forward"),

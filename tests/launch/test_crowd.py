@@ -17,7 +17,7 @@ from tokasaurus.demo import MODEL_DIR
 from tokasaurus.model.facts import model_facts
 from tokasaurus.planner.configuration import simulated_slices
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 ROLES = ("server", "manager")
 
@@ -50,7 +50,7 @@ def metrics(service: SimulatedService) -> dict[str, float]:
 
 def wait_idle(service: SimulatedService, num_requests: int) -> dict[str, float]:
     """Waits until the manager reports that nothing is left; returns its figures."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         figures = metrics(service)
         if (

@@ -11,7 +11,7 @@ import sys
 import pytest
 from engine_process import eventually, running, started
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 FLAGS = ("log_format=json", "kv_cache_num_tokens=4096", "cpu_threads=1", "max_seqs_per_forward=16")
 

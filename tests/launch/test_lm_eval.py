@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from tokasaurus.demo import MODEL_DIR
 from tokasaurus.errors import ConfigError, RequestError
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL_DIR)
 CONTEXTS = [

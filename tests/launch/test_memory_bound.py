@@ -12,7 +12,7 @@ from checkpoints import EOS_ID, make_tokenizer
 from tokasaurus.config.memory import Memory
 from tokasaurus.model.facts import model_facts
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 _PROGRAM = """
 import json, sys

@@ -16,7 +16,7 @@ from text_cartridges import save_cartridge
 
 from tokasaurus.demo import MODEL_DIR
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 FLAGS = ("cpu_threads=1", "kv_cache_num_tokens=16384", "max_seqs_per_forward=64", "log_level=INFO")
 PROMPTS = ("A B C D", "one two one two", "The quick brown fox", "7 8 9", "x y z x y")
@@ -115,10 +115,10 @@ def drains_and_stops_clean(engine: EngineProcess) -> None:
     engine.signal(signal.SIGTERM)
     num_events += sum(1 for _ in stream)
     assert num_events > 2
-    assert engine.wait_exit(30) == 0
+    assert engine.wait_exit() == 0
     assert list(engine.private.iterdir()) == []
     for pid in pids:
-        eventually(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"process {pid} ends", 10)
+        eventually(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"process {pid} ends")
 
 
 def test_a_rank_that_dies_ends_an_engine_of_one_replica(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_rank_that_dies_ends_an_engine_of_one_replica(tmp_path: Path) -> None:
     try:
         engine.wait_ready()
         os.kill(engine.child("worker-0-1"), signal.SIGKILL)
-        assert engine.wait_exit(20) == 1
+        assert engine.wait_exit() == 1
         # The cause is named, not the loss that the other rank sees.
         assert "toka: the worker-0-1 ended: killed by SIGKILL" in engine.log
         assert list(engine.private.iterdir()) == []

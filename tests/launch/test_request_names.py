@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from engine_process import eventually, running
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 FLAGS = (
     "log_format=json",

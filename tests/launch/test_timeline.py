@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from engine_process import eventually, running
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 
 def test_a_profile_shows_turns_queue_and_batches_of_the_first_batches(tmp_path: Path):

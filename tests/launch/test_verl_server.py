@@ -20,7 +20,7 @@ from tokasaurus.integrations.trainer import BucketSender
 from tokasaurus.integrations.verl.generation import step_label
 from tokasaurus.integrations.verl.server import TokasaurusHttpServer
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 MODEL = Path(tokasaurus.__file__).parent / "demo" / "model"
 FLAGS = ("dtype=float32", "kv_cache_num_tokens=16384", "max_seqs_per_forward=64")

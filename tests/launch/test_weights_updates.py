@@ -20,7 +20,7 @@ from engine_process import EngineProcess, eventually
 from oracle import reference_logits
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 PROGRAM = (sys.executable, Path(__file__).parents[1] / "engine_variants.py", "all_steps_ahead")
 FLAGS = ("scheduling_steps_ahead=8", "kv_cache_num_tokens=16384", "dtype=float32", "cpu_threads=1")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
-import time
 from pathlib import Path
+
+import zmq
+from engine_process import eventually
 
 from tokasaurus.launch.doors import TO_SERVER
 from tokasaurus.protocol.channels import AsyncReceiver, Sender
@@ -33,12 +36,19 @@ async def _messages_after_a_cancellation(directory: Path) -> list[float]:
     asyncio.get_running_loop().add_reader(ours, lose)
     for seconds in (1.0, 2.0, 3.0):
         sender.send(WorkerStall(seconds))
-    time.sleep(0.1)  # the loop is busy
+    # The loop is busy until one has come.
+    assert select.select([receiver._socket.get(zmq.FD)], [], [], 60)[0]
     theirs.send(b"x")
     # In one turn of the loop, the first message reaches the task's future, and the task is
     # cancelled before it runs.
     await asyncio.wait([task])
     assert task.cancelled()
+
+    def all_have_come() -> bool:
+        left.extend(receiver.receive_rest())
+        return len(left) >= 3
+
+    eventually(all_have_come, "three messages")
     ours.close()
     theirs.close()
     sender.close()

@@ -23,9 +23,12 @@ FILES = {
     "tokenizer.json": b"[]",
     "model.safetensors": b"weights",
     "merges.txt": b"a b",
+    "chat_template.jinja": b"{{ messages }}",
     "pytorch_model.bin": b"pickle",
     "original/consolidated.safetensors": b"the weights again",
 }
+READ = {"config.json", "tokenizer.json", "model.safetensors", "merges.txt", "chat_template.jinja"}
+"""Those of them that an engine reads."""
 
 
 class FakeHub(QuietServer):
@@ -122,17 +125,12 @@ def names_in(directory):
 
 
 @pytest.mark.engine
-def test_toka_download_fetches_weights_and_json(hub, python):
+def test_toka_download_fetches_what_an_engine_reads(hub, python):
     done = python(*DOWNLOAD, "model=org/tiny", HF_ENDPOINT=hub.url)
     assert done.returncode == 0, done.stderr
     directory = Path(done.stdout.strip())
     assert (directory / "model.safetensors").read_bytes() == b"weights"
-    assert names_in(directory) == {
-        "config.json",
-        "tokenizer.json",
-        "model.safetensors",
-        "original/consolidated.safetensors",
-    }
+    assert names_in(directory) == READ
 
 
 @pytest.mark.engine
@@ -147,12 +145,7 @@ def test_a_model_is_downloaded_once(hub, python):
     first = python(*FIND, "org/tiny", HF_ENDPOINT=hub.url)
     assert first.returncode == 0, first.stderr
     directory = Path(first.stdout.strip())
-    assert names_in(directory) == {
-        "config.json",
-        "tokenizer.json",
-        "model.safetensors",
-        "merges.txt",
-    }
+    assert names_in(directory) == READ
     hub.failing = True
     again = python(*FIND, "org/tiny", HF_ENDPOINT=hub.url)
     assert again.stdout == first.stdout
@@ -164,6 +157,19 @@ def test_a_model_from_toka_download_is_found_offline(hub, python):
     hub.failing = True
     offline = python(*FIND, "org/tiny", HF_HUB_OFFLINE="1", HF_ENDPOINT=hub.url)
     assert offline.stdout == done.stdout, offline.stderr
+
+
+@pytest.mark.engine
+def test_pytest_downloads_the_model_that_the_environment_names(hub, python):
+    tests = ("-m", "pytest", "--collect-only", "-p", "no:cacheprovider", "tests/test_basic.py")
+    done = python(*tests, MODEL="org/tiny", HF_ENDPOINT=hub.url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    hub.failing = True
+    offline = python(*FIND, "org/tiny", HF_HUB_OFFLINE="1", HF_ENDPOINT=hub.url)
+    assert names_in(Path(offline.stdout.strip())) == READ, offline.stderr
+    unknown = python(*tests, MODEL="org/unknown", HF_HUB_OFFLINE="1")
+    assert unknown.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "MODEL: model=org/unknown: no such directory" in unknown.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The fields of vLLM's and SGLang's requests, with their defaults there, as of September 2026.
+"""The fields of vLLM's and SGLang's requests, with their defaults there.
+
+As of vLLM 0.33.0 and SGLang 0.5.23, of October 2026, and what earlier versions of that year sent.
 
 Programs that build requests with these servers' own types send every field at its default.
 """
@@ -61,11 +63,13 @@ _VLLM_GENERATION_OTHERS = {
     "include_stop_str_in_output": False,
     "length_penalty": 1.0,
     "min_tokens": 0,
+    "mm_payload": "tensors",
     "n": 1,
     "priority": 0,
     "request_id": "mine",
     "return_mm_kwargs": True,
     "return_token_offsets": False,
+    "return_weight_versions": False,
     "routed_experts_prompt_start": 0,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
@@ -81,7 +85,8 @@ _VLLM_POOLING = (
 _SGLANG_ROUTING = (
     "bootstrap_host bootstrap_port bootstrap_room cache_salt custom_labels custom_logit_processor"
     " custom_params data_parallel_rank disagg_prefill_dp_rank extra_key images_config lora_path"
-    " ngram_corpus_id priority rid routed_dp_rank session_id session_params"
+    " mm_processor_kwargs ngram_corpus_id priority rid routed_dp_rank session_id session_params"
+    " watermark"
 )
 _SGLANG_GENERATION = {
     "frequency_penalty": 0.0,
@@ -94,6 +99,7 @@ _SGLANG_GENERATION = {
     "return_cached_tokens_details": False,
     "return_hidden_states": False,
     "return_routed_experts": False,
+    "return_spec_tokens_details": False,
     "return_token_ids": False,
     "routed_experts_start_len": 0,
     "skip_special_tokens": True,
@@ -146,16 +152,21 @@ PEER_REQUESTS: Mapping[str, PeerRequest] = {
         RESPONSES,
         BASE[RESPONSES],
         f"{_RESPONSES} ec_transfer_params frequency_penalty kv_transfer_params logit_bias"
-        " media_io_kwargs mm_processor_kwargs model presence_penalty previous_input_messages"
-        " previous_response prompt prompt_cache_key seed structured_outputs vllm_xargs",
+        " media_io_kwargs min_p mm_processor_kwargs model presence_penalty previous_input_messages"
+        " previous_response prompt prompt_cache_key prompt_cache_options prompt_cache_retention"
+        " safety_identifier seed structured_outputs vllm_xargs",
         {
             **_RESPONSES_OTHERS,
             "enable_response_messages": False,
             "ignore_eos": False,
             "include_reasoning": True,
             "include_stop_str_in_output": False,
+            "mm_payload": "tensors",
+            "return_mm_kwargs": True,
             "skip_special_tokens": True,
+            "spaces_between_special_tokens": True,
             "stop": [],
+            "stop_token_ids": [],
             "watermarking": True,
         },
         frozenset({"service_tier"}),
@@ -214,15 +225,21 @@ PEER_REQUESTS: Mapping[str, PeerRequest] = {
         BASE[CHAT],
         f"{_SGLANG_ROUTING} chat_template_kwargs ebnf input_ids logit_bias max_completion_tokens"
         " max_dynamic_patch min_dynamic_patch min_p reasoning_effort regex repetition_penalty"
-        " response_format seed stop stop_regex stop_token_ids stream_options task temperature"
-        " tools top_k top_logprobs top_p user",
+        " response_format sampling_logprobs_mode seed stop stop_regex stop_token_ids"
+        " stream_options task temperature thinking tools top_k top_logprobs top_p user"
+        " video_config",
         {
             **_SGLANG_GENERATION,
             "continue_final_message": False,
             "logprobs": False,
             "parallel_tool_calls": True,
+            "return_flat_raw_output_top_logprobs": False,
+            "return_flat_raw_top_logprobs_b64": True,
+            "return_input_ids_in_sglext": False,
             "return_meta_info": False,
+            "return_output_ids_in_sglext": False,
             "return_prompt_token_ids": False,
+            "return_sampling_mask": False,
             "separate_reasoning": True,
             "stream_reasoning": True,
             "tool_choice": "auto",
@@ -232,7 +249,8 @@ PEER_REQUESTS: Mapping[str, PeerRequest] = {
     "SGLang's responses": PeerRequest(
         RESPONSES,
         BASE[RESPONSES],
-        f"{_RESPONSES} extra_key min_p model ngram_corpus_id stop",
+        f"{_RESPONSES} bootstrap_host bootstrap_port bootstrap_room data_parallel_rank"
+        " disagg_prefill_dp_rank extra_key min_p model ngram_corpus_id routed_dp_rank stop",
         {**_RESPONSES_OTHERS, "frequency_penalty": 0.0, "presence_penalty": 0.0},
         frozenset({"service_tier"}),
     ),
@@ -245,13 +263,13 @@ PEER_REQUESTS: Mapping[str, PeerRequest] = {
     "SGLang's tokenize, of a text": PeerRequest(
         TOKENIZE,
         {"prompt": "the cat"},
-        "chat_template_kwargs messages reasoning_effort tool_choice tools",
+        "add_generation_prompt chat_template_kwargs messages reasoning_effort tool_choice tools",
         {"add_special_tokens": True, "continue_final_message": False, "model": "default"},
     ),
     "SGLang's tokenize, of a chat": PeerRequest(
         TOKENIZE,
         {"messages": [USER]},
-        "chat_template_kwargs prompt reasoning_effort tool_choice tools",
+        "add_generation_prompt chat_template_kwargs prompt reasoning_effort tool_choice tools",
         {"continue_final_message": False, "model": "default"},
     ),
     "SGLang's detokenize": PeerRequest(
@@ -266,13 +284,14 @@ PEER_REQUESTS: Mapping[str, PeerRequest] = {
         "audio_data bootstrap_host bootstrap_pair_key bootstrap_port bootstrap_room cache_salt"
         " conversation_id custom_labels custom_logit_processor data_parallel_rank decode_tp_size"
         " disagg_prefill_dp_rank encoder_urls external_trace_header extra_key http_worker_ipc"
-        " image_data image_max_dynamic_patch images_config input_embeds input_ids kv_router_hint"
-        " logprob_start_len lora_id lora_path max_dynamic_patch max_thinking_tokens"
-        " min_dynamic_patch mm_content_hashes mm_hashes modalities multi_item_delimiter_indices"
-        " need_wait_for_mm_inputs num_items_assigned positional_embed_overrides priority"
-        " received_time return_logprob return_sampling_mask rid routed_dp_rank routing_key"
-        " session_id session_params token_ids_logprob top_logprobs_num video_config video_data"
-        " video_max_dynamic_patch",
+        " image_data image_max_dynamic_patch images_config input_embeds input_ids kv_hints"
+        " kv_router_hint logprob_start_len lora_id lora_path max_dynamic_patch max_thinking_tokens"
+        " min_dynamic_patch mm_content_hashes mm_hashes mm_processor_kwargs modalities"
+        " multi_item_delimiter_indices need_wait_for_mm_inputs num_items_assigned"
+        " positional_embed_overrides priority received_time return_logprob return_sampling_mask"
+        " rid routed_dp_rank routing_key sampling_logprobs_mode session_id session_params"
+        " token_ids_logprob token_indices_to_pool top_logprobs_num video_config video_data"
+        " video_max_dynamic_patch watermark",
         {
             "background": False,
             "log_metrics": True,
@@ -280,6 +299,7 @@ PEER_REQUESTS: Mapping[str, PeerRequest] = {
             "require_reasoning": False,
             "return_bytes": False,
             "return_entropy": False,
+            "return_flat_raw_output_top_logprobs": False,
             "return_flat_raw_top_logprobs": False,
             "return_flat_raw_top_logprobs_b64": False,
             "return_hidden_states": False,

@@ -31,13 +31,13 @@ _SPECULATIVE = "there is no speculative decoding"
 _TEXT_ONLY = "models read text only"
 _VISIBLE = "the environment variable CUDA_VISIBLE_DEVICES chooses GPUs"
 
-OTHER_ENGINES: Mapping[str, Foreign] = {
+_BY_NAME: Mapping[str, Foreign] = {
     "alias": Foreign("served_model_name"),
     "allowed_origins": Foreign("cors_origins", "a list"),
     "api_server_count": Foreign("server_processes"),
     "attention_backend": Foreign("attention", "auto, compiled, flashinfer, triton or reference"),
     "base_gpu_id": Foreign(None, _VISIBLE),
-    "batch_size": Foreign("max_seqs_per_forward", _RUNNING),
+    "batch_size": Foreign("max_tokens_per_forward", _STEP),
     "block_size": Foreign("page_size", "tokens in a page"),
     "cache_type_k": Foreign("kv_cache_dtype", "one for keys and values"),
     "cache_type_v": Foreign("kv_cache_dtype", "one for keys and values"),
@@ -48,9 +48,13 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "cont_batching": Foreign(None, "batches are always continuous"),
     "context_length": Foreign("max_num_tokens_per_request", _TOGETHER),
     "cpu_offload_gb": Foreign(None, _ON_DEVICE),
-    "ctx_size": Foreign("max_num_tokens_per_request", _TOGETHER),
+    "ctx_size": Foreign(
+        "kv_cache_num_tokens", "of all sequences; max_num_tokens_per_request is of one"
+    ),
     "cuda_graph_bs": Foreign("cudagraph_max_size", "sequences in a captured batch"),
+    "cuda_graph_bs_decode": Foreign("cudagraph_max_size", "sequences in a captured batch"),
     "cuda_graph_max_bs": Foreign("cudagraph_max_size", "sequences in a captured batch"),
+    "cuda_graph_max_bs_decode": Foreign("cudagraph_max_size", "sequences in a captured batch"),
     "cuda_graph_max_size": Foreign("cudagraph_max_size"),
     "cuda_graph_sizes": Foreign(
         "cudagraph_max_size", "the largest; cudagraph_step is the distance"
@@ -60,6 +64,7 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "decode_log_interval": Foreign("stats_report_seconds", "seconds, not batches"),
     "device_count": Foreign("tp_size", _GRID),
     "disable_cuda_graph": Foreign("use_cudagraphs", _OPPOSITE),
+    "disable_decode_cuda_graph": Foreign("use_cudagraphs", _OPPOSITE),
     "disable_log_requests": Foreign("uvicorn_log_level", "warning hides the line of each request"),
     "disable_log_stats": Foreign("stats_report_seconds", "0 turns the line of statistics off"),
     "disable_metrics": Foreign(None, _METRICS),
@@ -93,11 +98,13 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "log_verbosity": Foreign("log_level"),
     "lora_modules": Foreign(None, _ADAPTERS),
     "lora_paths": Foreign(None, _ADAPTERS),
+    "max_cudagraph_capture_size": Foreign("cudagraph_max_size", "sequences in a captured batch"),
     "max_batch_size": Foreign("max_seqs_per_forward", _RUNNING),
     "max_logprobs": Foreign("max_topk_logprobs"),
     "max_loras": Foreign(None, _ADAPTERS),
     "max_model_len": Foreign("max_num_tokens_per_request", _TOGETHER),
     "max_num_batched_tokens": Foreign("max_tokens_per_forward", _STEP),
+    "max_num_queued_reqs": Foreign("max_queued_requests", "prompts, running ones too"),
     "max_num_seqs": Foreign("max_seqs_per_forward", _RUNNING),
     "max_prefill_tokens": Foreign("max_tokens_per_forward", _STEP),
     "max_queued_reqs": Foreign("max_queued_requests", "prompts, running ones too"),
@@ -115,7 +122,6 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "n_gpu_layers": Foreign("device", f"cpu or cuda: {_ON_DEVICE}"),
     "n_parallel": Foreign("max_seqs_per_forward", _RUNNING),
     "n_predict": Foreign("max_num_tokens_per_request", _TOGETHER),
-    "ngl": Foreign("device", f"cpu or cuda: {_ON_DEVICE}"),
     "nnodes": Foreign("launcher", "ray; with torchrun, several_machines.md of the documentation"),
     "node_rank": Foreign(
         "launcher", "ray; with torchrun, several_machines.md of the documentation"
@@ -140,6 +146,7 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "schedule_policy": Foreign(None, _ORDER),
     "scheduling_policy": Foreign(None, _ORDER),
     "seed": Foreign(None, _PER_REQUEST),
+    "shutdown_timeout": Foreign("shutdown_timeout_s"),
     "skip_tokenizer_init": Foreign(
         None, "requests may send token ids, with or without a tokenizer"
     ),
@@ -164,4 +171,32 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "tp": Foreign("tp_size"),
     "ubatch_size": Foreign("max_tokens_per_forward", _STEP),
     "watchdog_timeout": Foreign("stall_timeout_s"),
+}
+
+# The options of llama.cpp's server that have one dash, and their long names.
+_BY_LETTERS = {
+    "a": "alias",
+    "b": "batch_size",
+    "c": "ctx_size",
+    "ctk": "cache_type_k",
+    "ctv": "cache_type_v",
+    "dev": "n_gpu_layers",
+    "fa": "flash_attn",
+    "hf": "hf_repo",
+    "lv": "log_verbosity",
+    "m": "model_path",
+    "n": "n_predict",
+    "ngl": "n_gpu_layers",
+    "np": "parallel",
+    "sm": "split_mode",
+    "t": "threads",
+    "tb": "threads_batch",
+    "to": "timeout",
+    "ts": "tensor_split",
+    "ub": "ubatch_size",
+}
+
+OTHER_ENGINES: Mapping[str, Foreign] = {
+    **_BY_NAME,
+    **{letters: _BY_NAME[name] for letters, name in _BY_LETTERS.items()},
 }

@@ -59,7 +59,8 @@ def parse_command_line(
 
     The words of the environment variable OVERRIDES, split as a shell splits them, count as if they
     followed the arguments. Warnings go to ``warn``, or to standard error. ``--show`` adds what
-    ``explain`` says. ``--help`` lists the program's ``commands``.
+    ``explain`` says; its errors come after the flags are printed. ``--help`` lists the program's
+    ``commands``.
 
     Raises:
         ConfigError: one line for each thing that is wrong.

@@ -62,8 +62,9 @@ toka model=meta-llama/Llama-3.2-1B-Instruct port=8080 kv_cache_num_tokens='(128 
 
 Arguments are read from left to right, and later ones win. The environment variable `OVERRIDES`
 holds more arguments, written as in a shell, which are read after all others. All errors are
-reported at once. The error about an unknown name says which flag has its words, or which of ours
-does what another engine's flag of that name does.
+reported at once, and `--show` ends with them and status 2 where an engine would not start with the
+flags. The error about an unknown name says which flag has its words, or which of ours does what
+another engine's flag of that name does.
 
 In Python, `EngineConfig.from_flags(model=..., page_size=32)` and `LLM(model, page_size=32)` take
 the same keys with Python values.

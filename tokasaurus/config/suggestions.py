@@ -16,7 +16,7 @@ _LIKE = 0.66  # of two names, from 0 to 1
 _LIKE_WORD = 0.6  # of two of their words
 _LIKE_LETTERS = 0.85  # of names whose words differ, such as pagesize and page_size
 _NUM_MENTIONS = 3  # flags that are worth reading about
-_SHORTEST_WORD = 4  # letters of a word that is looked for in helps
+_SHORTEST_WORD = 4  # letters of a word that is looked for in helps, and of a name that is guessed
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def explain_unknown(key: str, helps: Mapping[str, str], foreign: Mapping[str, Fo
         if name in foreign:
             return f"unknown flag {key!r}: {_instead(foreign[name])}"
     near = nearest(plain, helps)
-    theirs = nearest(plain, foreign) if near is None else None
+    long = [name for name in foreign if len(name) >= _SHORTEST_WORD]
+    theirs = nearest(plain, long) if near is None else None
     if near is not None:
         return f"unknown flag {key!r}: the nearest is {near!r}; --help lists all flags"
     if theirs is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.resolve import resolve
 from tokasaurus.config.slices import EngineSlices
-from tokasaurus.errors import ConfigError, ModelError
+from tokasaurus.errors import ConfigError
 from tokasaurus.launch.machine import Devices, devices_here
 from tokasaurus.launch.memory_table import memory_table
 from tokasaurus.launch.model_files import find_model, find_model_here, find_tokenizer
@@ -37,14 +37,16 @@ def assemble(config: EngineConfig, devices: Devices | None = None) -> EngineSlic
 
 
 def explain(config: EngineConfig) -> list[str]:
-    """What resolution decides about the model, for ``--show``. Downloads nothing."""
+    """What resolution decides about the model, for ``--show``. Downloads nothing.
+
+    Raises:
+        ConfigError: flags contradict one another, the model or the machine.
+        ModelError: the model's architecture is unknown.
+    """
     model = find_model_here(config.model)
     if model is None:
         return [f"model={config.model} is not here yet; it decides dtype and memory"]
-    try:
-        slices = _resolve_for_question(config, model)
-    except (ConfigError, ModelError) as error:
-        return [f"error: {line}" for line in str(error).splitlines()]
+    slices = _resolve_for_question(config, model)
     plans = [slices.dtype_plan, slices.memory_plan.line, slices.determinism_plan]
     return [*plans, *slices.idle_flags]
 

@@ -21,6 +21,7 @@ from tokasaurus.batch.sharded import ShardedJob
 from tokasaurus.batch.shards import names_several, read_part
 from tokasaurus.config.engine import ENGINE
 from tokasaurus.config.parser import answer_question, parse, print_help
+from tokasaurus.config.pipes import ends_with_its_reader
 from tokasaurus.config.schema import Schema
 from tokasaurus.errors import ConfigError, LaunchError, ModelError
 from tokasaurus.launch.batch_config import BatchRunConfig
@@ -69,6 +70,7 @@ _QUIET = "log_level=WARNING"  # unless the command line sets it
 _REFRESH_S = 0.5
 
 
+@ends_with_its_reader
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 

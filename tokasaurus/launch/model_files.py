@@ -14,11 +14,18 @@ from pathlib import Path
 from tokasaurus.demo import MODEL_DIR
 from tokasaurus.errors import ModelError
 
-__all__ = ["download", "find_description", "find_model", "find_model_here", "find_tokenizer"]
+__all__ = [
+    "download",
+    "download_model",
+    "find_description",
+    "find_model",
+    "find_model_here",
+    "find_tokenizer",
+]
 
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
-_ESSENTIAL = ("*.safetensors", "*.json")  # also the default of toka-download
+_ESSENTIAL = ("*.safetensors", "*.json")
 _TOKENIZER = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 _MODEL = ("*.safetensors", *_TOKENIZER)
 _DUPLICATES = ("original/*", "metal/*", "consolidated*.safetensors")  # the same weights again
@@ -67,6 +74,15 @@ def find_tokenizer(tokenizer: str) -> Path:
         ModelError: see :func:`find_model`.
     """
     return _find(tokenizer, "tokenizer", _TOKENIZER)
+
+
+def download_model(repository: str) -> Path:
+    """Downloads the files of a repository that an engine reads, as :func:`find_model` does.
+
+    Raises:
+        ModelError: with the remedy.
+    """
+    return download(repository, _MODEL, ignore=_DUPLICATES)
 
 
 def _find(name: str, flag: str, patterns: Sequence[str]) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokasaurus.config.parser import parse_or_exit
+from tokasaurus.config.pipes import ends_with_its_reader
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.errors import ModelError
 
@@ -18,8 +19,8 @@ class DownloadConfig:
     """What to download."""
 
     model: str = flag(help="The repository id, such as meta-llama/Llama-3.2-1B-Instruct.")
-    allow_patterns: tuple[str, ...] = flag(
-        ("*.safetensors", "*.json"), help="Patterns of the files to download."
+    allow_patterns: tuple[str, ...] | None = flag(
+        None, help="Patterns of the files to download. None: the files that an engine reads."
     )
 
     def __post_init__(self) -> None:
@@ -37,6 +38,7 @@ DOWNLOAD = Schema(
 )
 
 
+@ends_with_its_reader
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command, which prints the directory of the snapshot.
 
@@ -44,10 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 if the model is not available.
     """
     config = parse_or_exit(DOWNLOAD, sys.argv[1:] if arguments is None else arguments)
-    from tokasaurus.launch.model_files import download
+    from tokasaurus.launch.model_files import download, download_model
 
+    patterns = config.allow_patterns
     try:
-        path = download(config.model, config.allow_patterns)
+        path = (
+            download_model(config.model) if patterns is None else download(config.model, patterns)
+        )
     except ModelError as error:
         print(f"{DOWNLOAD.program}: error: {error}", file=sys.stderr)
         return 1

@@ -99,13 +99,13 @@ def create_app(
     install_error_handlers(app)
     # From the innermost layer to the outermost.
     if place is not None:
-        app.add_middleware(AtStore, place)
-    app.add_middleware(DirectRoutes, endpoints.handlers)
+        app.add_middleware(AtStore, place=place)
+    app.add_middleware(DirectRoutes, handlers=endpoints.handlers)
     if is_inner:
         app.add_middleware(KnownClients)
     else:
         _add_checks(app, config, control)
-    app.add_middleware(CountRequests, state.metrics.requests)  # refusals too
+    app.add_middleware(CountRequests, counter=state.metrics.requests)  # refusals too
     operations = [each for operation in OPERATIONS.values() for each in operation.schemas]
     control_bodies = [*CONTROL_SCHEMAS, *WEIGHTS_SCHEMAS, *WEIGHTS_GROUP_SCHEMAS]
     document_answers(app, [*operations, BatchRequest, *TOKEN_SCHEMAS, *control_bodies])
@@ -124,9 +124,9 @@ def create_store_app(state: EngineState, batches: BatchRunner, place: StorePlace
     app.include_router(FileRoutes(batches).router())
     app.include_router(BatchRoutes(batches).router())
     install_error_handlers(app)
-    app.add_middleware(AtStore, place, is_passed_on=True)
+    app.add_middleware(AtStore, place=place, is_passed_on=True)
     app.add_middleware(KnownClients)
-    app.add_middleware(CountRequests, state.metrics.requests)
+    app.add_middleware(CountRequests, counter=state.metrics.requests)
     return app
 
 
@@ -147,9 +147,9 @@ def create_outer_app(config: ServerConfig, state: EngineState, elsewhere: ASGIAp
     app.include_router(TokenRoutes(state).router())
     app.router.default = elsewhere
     install_error_handlers(app)
-    app.add_middleware(DirectRoutes, endpoints.handlers)
+    app.add_middleware(DirectRoutes, handlers=endpoints.handlers)
     _add_checks(app, config, _control(config, state, WeightsUpdates(None)))
-    app.add_middleware(CountRequests, state.metrics.requests)
+    app.add_middleware(CountRequests, counter=state.metrics.requests)
     return app
 
 
@@ -165,9 +165,9 @@ def _add_checks(app: FastAPI, config: ServerConfig, control: Iterable[APIRouter]
     control_paths = {route.path for route in routes if isinstance(route, APIRoute)}
     app.add_middleware(
         Access,
-        config,
-        lambda path: path in control_paths or path.startswith(WEIGHTS_PREFIX),
-        OPEN_PATHS | PAGE_PATHS,
+        config=config,
+        is_control=lambda path: path in control_paths or path.startswith(WEIGHTS_PREFIX),
+        open_paths=OPEN_PATHS | PAGE_PATHS,
     )
     if config.cors_origins:
         # Around Access, so that web pages can read refusals, and ask first without a key.

@@ -33,7 +33,7 @@ from tokasaurus.protocol.commands import Command, CommandDone, FlushCache
 from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.role import Role
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 SECRET = "a secret of thirty-two characters"
 ONE = simulated_slices(EngineConfig(kv_cache_num_tokens=8192, log_level="WARNING"))

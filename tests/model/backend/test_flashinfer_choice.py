@@ -40,7 +40,7 @@ def hopper(monkeypatch, tmp_path):
         (tmp_path / program).touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(library, "_USUAL_CUDA_HOME", str(tmp_path / "cuda"))
-    for name in ("CUDA_HOME", "CUDA_PATH", "FLASHINFER_DISABLE_JIT"):
+    for name in ("CUDA_HOME", "CUDA_PATH", "LIBRARY_PATH", "FLASHINFER_DISABLE_JIT"):
         monkeypatch.delenv(name, raising=False)
     module._why_not.cache_clear()
     # There is no such device to run the probe on.
@@ -112,12 +112,32 @@ def test_the_probe_accepts_kernels_that_are_right(monkeypatch):
             assert why_not_built(FlashInferBackend, heads, CPU) is None
 
 
+def test_the_reason_of_a_failed_build_is_what_the_compiler_says(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
+    command = "[1/9] /usr/local/cuda/bin/nvcc -c page.cu -Werror -o page.o"
+    for line in (
+        "/include/page.cuh(3): fatal error: curand.h: No such file or directory",
+        "nvcc fatal   : Unsupported gpu architecture 'compute_90a'",
+        "/usr/bin/ld: cannot find -lcuda: No such file or directory",
+    ):
+        output = f"Ninja build failed. Ninja output:\n{command}\n{line}\nninja: build stopped."
+
+        def failing(*_, output=output):
+            raise RuntimeError(output)
+
+        monkeypatch.setattr(stand_in, "merge_state_in_place", failing)
+        with caplog.at_level("INFO"):
+            found = why_not_built(FlashInferBackend, LLAMA_1B, CPU) or ""
+        assert f"cannot be built or run: {line}; nvcc must be" in found
+        assert output in caplog.text, "all of it is in the log"
+
+
 def test_the_probe_finds_what_is_wrong(monkeypatch):
     """A merge that does nothing, and a compiler that fails."""
     monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
 
     def failing(*_):
-        raise RuntimeError("ninja: build stopped\nnvcc: unknown option")
+        raise RuntimeError("ninja: build stopped")
 
     for merge, reason in (
         (lambda *_: None, "compute something else here: .* set attention=triton"),

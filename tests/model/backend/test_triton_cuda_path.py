@@ -5,10 +5,13 @@ There is no CUDA here: ``fake_cuda`` has tensors without numbers, and kernels ar
 
 from __future__ import annotations
 
+import collections
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoints import VOCAB_SIZE
 from fake_cuda import DEVICE, FakeCuda
 from rows import named
 from torch import Tensor
@@ -21,6 +24,14 @@ from tokasaurus.model.worker.worker import Worker
 from tokasaurus.protocol.messages import Sampling
 
 pytestmark = pytest.mark.triton
+
+UNSPECIALIZED = collections.defaultdict(
+    tuple,
+    prepare_heads=("num_rows", "page_table_stride"),
+    attend_task=("page_table_stride",),
+    mask_row=("bits_stride",),
+)
+"""Arguments that kernels are not compiled for: ``do_not_specialize`` of each."""
 
 
 class Graphs:
@@ -36,20 +47,34 @@ class Graphs:
         Graphs.num_replays += 1
 
 
+def _kind(unspecialized, name, value):
+    """What a kernel is compiled for of an argument, apart from a tensor's address."""
+    if isinstance(value, Tensor):
+        return value.dtype
+    if isinstance(value, int) and name not in unspecialized:
+        return "1" if value == 1 else f"int, {value % 16 == 0}"
+    return type(value)
+
+
 @pytest.fixture
 def cuda(monkeypatch):
-    """Notes the kernels that are launched."""
+    """Notes the kernels that are launched, and what they would be compiled for."""
     from triton.runtime import interpreter
 
     assert is_interpreted(), "these tests need TRITON_INTERPRET=1: run `make test-cuda`"
     cuda = FakeCuda(monkeypatch)
     cuda.launched = set()
+    cuda.compiled = set()
 
     def launch(kernel, *args, **kwargs):
+        name = kernel.fn.__name__
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
-                assert value.device == DEVICE, f"{kernel.fn.__name__} gets {value}"
-        cuda.launched.add(kernel.fn.__name__)
+                assert value.device == DEVICE, f"{name} gets {value}"
+        cuda.launched.add(name)
+        numbers = zip(kernel.arg_names, args, strict=False)
+        kinds = tuple(_kind(UNSPECIALIZED[name], *number) for number in numbers)
+        cuda.compiled.add((name, kinds, tuple(sorted(kwargs.items()))))
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
     properties = SimpleNamespace(multi_processor_count=132)
@@ -58,7 +83,7 @@ def cuda(monkeypatch):
     return cuda
 
 
-def make_worker(path, **fields):
+def make_worker(path, load_vocabulary=load_vocabulary, **fields):
     config = worker_config(
         path,
         device="cuda",
@@ -93,6 +118,23 @@ def test_everything_that_a_batch_can_ask_for_stays_on_the_device(cuda, checkpoin
         "sum_row",
         "rms_norm",
     }
+
+
+def test_no_batch_compiles_a_kernel_after_the_warm_up(cuda, checkpoint):
+    """In bf16, which adjustments widen: so each kernel of sampling is compiled for two dtypes."""
+    for vocab_size in (VOCAB_SIZE, 500):
+        path = checkpoint("qwen3", tied=True, vocab_size=vocab_size)
+        with cuda.there():
+            vocabulary = partial(load_vocabulary, vocab_size)
+            worker, config = make_worker(path, vocabulary, dtype="bfloat16")
+            worker.warm_up()
+        before, cuda.compiled = cuda.compiled, set()
+        batches = script(config)
+        with cuda.there():
+            for batch in batches:
+                worker.submit(batch).collect()
+        assert cuda.compiled <= before, (vocab_size, cuda.compiled - before)
+        assert {name for name, *_ in cuda.compiled} >= {"draw_token", "mask_row", "sum_row"}
 
 
 def test_graphs_are_recorded_and_replayed_without_waiting(cuda, checkpoint):

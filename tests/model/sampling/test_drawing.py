@@ -91,6 +91,12 @@ def test_only_the_given_rows_get_logits(model):
     assert torch.equal(tokens, again)
 
 
+def test_parts_fill_the_tiles_of_a_product(monkeypatch):
+    monkeypatch.setattr(drawing, "_MAX_LOGITS", 1 << 25)
+    for vocab_size, sizes in ((128_256, [256, 256, 88]), (100, [600]), (1 << 18, [128] * 4 + [88])):
+        assert [part.stop - part.start for part in drawing._parts(600, vocab_size)] == sizes
+
+
 def test_parts_are_bounded_and_change_no_number(model, monkeypatch):
     hidden, rows = make_hidden(), list(range(NUM_ROWS))
     whole = draw_and_score(model, hidden, rows, rows)

@@ -5,6 +5,7 @@ There is no CUDA here: ``graph_stand_ins`` records operators and repeats them on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from dataclasses import replace
@@ -23,7 +24,7 @@ from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.placement import Placement
 from tokasaurus.model.weights.loader import load_model
-from tokasaurus.model.worker import loading
+from tokasaurus.model.worker import device_graphs, loading
 from tokasaurus.model.worker.graphed_runner import graphed
 from tokasaurus.model.worker.runner import EagerRunner
 from tokasaurus.model.worker.slot_state import PlannedBatch
@@ -235,3 +236,37 @@ def decodes(table, slots, length):
     )
     inputs, positions = torch.from_numpy(slots) + 5, torch.full((count,), length - 1)
     return PlannedBatch(inputs, positions, rows, None, None, None, None, None)
+
+
+def test_what_could_not_be_recorded_is_said(monkeypatch):
+    """torch says that the recording cannot be ended, and not why."""
+
+    @contextlib.contextmanager
+    def record(*_, **__):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    class Stream:
+        device = "cuda"
+
+        def wait_stream(self, _): ...
+
+    monkeypatch.setattr(device_graphs, "_stream_of", lambda _: Stream())
+    for name, stand_in in (
+        ("graph", record),
+        ("graph_pool_handle", lambda: None),
+        ("CUDAGraph", lambda: None),
+        ("stream", lambda _: contextlib.nullcontext()),
+        ("current_stream", lambda _: Stream()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    numbers = iter((None, ValueError("a number was asked for")))
+
+    def work():
+        if (error := next(numbers)) is not None:
+            raise error
+
+    with pytest.raises(ValueError, match="a number was asked for"):
+        device_graphs.CudaGraphs(torch.device("cuda")).record(work)

@@ -257,7 +257,7 @@ def test_warm_up_runs_the_largest_batches(checkpoint, monkeypatch):
 
     monkeypatch.setattr(worker._runner, "run", count)
     worker.warm_up()
-    assert num_rows == [300, 8, 8, 1]
+    assert num_rows == [300, 8, 8, 1, 2]
 
 
 def test_warm_up_uses_the_memory_of_masks_for_every_row(checkpoint, monkeypatch):
@@ -272,7 +272,7 @@ def test_warm_up_uses_the_memory_of_masks_for_every_row(checkpoint, monkeypatch)
     monkeypatch.setattr(SentMasks, "apply", count)
     worker = Worker(worker_config(checkpoint("llama", tied=True), max_tokens_per_forward=300))
     worker.warm_up()
-    assert masked == [(2, 2), (8, 8), (8, 8), (1, 1)]
+    assert masked == [(2, 2), (8, 8), (8, 8), (1, 1), (1, 1)]
 
 
 def test_the_number_of_threads_is_set(checkpoint):

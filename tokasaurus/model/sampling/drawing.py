@@ -30,6 +30,9 @@ __all__ = ["draw_tokens", "give_logits", "plan_draws", "plan_scores", "score_pro
 # much while they work on a part, for any number of rows and any vocabulary.
 _MAX_LOGITS = 1 << 25
 
+# Of the head's product, if a part has so many: a few rows more would be another tile.
+_TILE_ROWS = 128
+
 
 def plan_draws(
     rows: OnDevice | None,
@@ -178,6 +181,8 @@ def give_logits(
 def _parts(num_rows: int, vocab_size: int) -> Iterator[slice]:
     """All rows, a part of bounded size at a time."""
     step = max(_MAX_LOGITS // vocab_size, 1)
+    if step > _TILE_ROWS:
+        step -= step % _TILE_ROWS
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 

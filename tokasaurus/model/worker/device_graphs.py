@@ -7,6 +7,7 @@ which runs on the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -50,7 +51,7 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _stream_of(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Tensor]) -> tuple[DeviceGraph, Tensor]:
@@ -60,9 +61,22 @@ class CudaGraphs:
             work()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as that of grammars, may call the device meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            result = work()
+        try:
+            # Other threads, such as that of grammars, may call the device meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                result = work()
+        except Exception as error:
+            # Once something cannot be recorded, to end the recording fails, too, and says less.
+            if error.__context__ is None:
+                raise
+            raise error.__context__ from None
         return graph, result
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all recordings. The products of each stream keep memory of their own."""
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream

@@ -14,6 +14,7 @@ from tokasaurus.protocol.messages import (
     ForwardBatch,
     LogprobsMode,
     Pooling,
+    Sampling,
     SlotParameters,
 )
 from tokasaurus.rounding import ceil_div
@@ -33,6 +34,8 @@ _SAMPLING = msgspec.structs.replace(
         bad_words=((0, 0),), bias=((0, 1.0),), repetition_penalty=1.1, frequency_penalty=0.1
     ),
 )
+# What most requests ask for.
+_PLAIN = Sampling(temperature=1.0, logprobs_mode=LogprobsMode.RAW)
 
 
 def warm_up_batches(config: WorkerConfig, num_parameters: int) -> list[ForwardBatch]:
@@ -41,6 +44,9 @@ def warm_up_batches(config: WorkerConfig, num_parameters: int) -> list[ForwardBa
     Every sequence uses the same pages; the results are not read. The batches cover everything that
     takes memory: all rows sample with every filter, penalty and kind of mask, and ask for the most
     logprobs that a request may ask for. So do the prompts, which are pooled too.
+
+    The last one is small, and adjusts nothing. Adjusted logits are in fp32 and others are not, and
+    kernels are compiled for a dtype: so they are compiled for both before any request waits.
 
     Args:
         config: the model room's slice.
@@ -60,6 +66,9 @@ def warm_up_batches(config: WorkerConfig, num_parameters: int) -> list[ForwardBa
         batches.append(ForwardBatch(number=2, decode_slots=slots))
     # For one row, other kernels may run than for several.
     batches.append(_prefill(config, len(batches), np.ones(1, np.int32)))
+    # The first of two tokens gives a logprob of the prompt.
+    lengths = np.full(1, min(2, longest, num_tokens), np.int32)
+    batches.append(_prefill(config, len(batches), lengths, _PLAIN))
     return batches
 
 
@@ -70,7 +79,9 @@ def _prompts(num_tokens: int, longest: int, limit: int) -> Int32Array:
     return np.array(lengths[:limit], np.int32)
 
 
-def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardBatch:
+def _prefill(
+    config: WorkerConfig, number: int, lengths: Int32Array, sampling: Sampling = _SAMPLING
+) -> ForwardBatch:
     slots = np.arange(len(lengths), dtype=np.int32)
     # This includes room for the decode row that follows.
     num_columns = np.minimum(
@@ -79,7 +90,7 @@ def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardB
     columns = np.concatenate([np.arange(count, dtype=np.int32) for count in num_columns])
     return ForwardBatch(
         number=number,
-        parameters=_parameters(slots, config.max_topk_logprobs),
+        parameters=_parameters(slots, config.max_topk_logprobs, sampling),
         table_slots=np.repeat(slots, num_columns),
         table_columns=columns,
         table_pages=columns % config.num_pages,
@@ -95,15 +106,18 @@ def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardB
     )
 
 
-def _parameters(slots: Int32Array, num_logprobs: int) -> SlotParameters:
+def _parameters(slots: Int32Array, num_logprobs: int, sampling: Sampling) -> SlotParameters:
     count = len(slots)
+    adjusted: tuple[AdjustedSlots, ...] = ()
+    if sampling.adjustments is not None:
+        adjusted = (AdjustedSlots(slots, 0, np.zeros(1, np.int32)),)
     return SlotParameters(
         slots=slots,
-        samplings=(_SAMPLING,),
+        samplings=(sampling,),
         sampling_index=np.zeros(count, np.int32),
         seed=slots.astype(np.int64),
         sample_index=np.zeros(count, np.int32),
         num_generated=np.zeros(count, np.int32),
         num_logprobs=np.full(count, num_logprobs, np.int32),
-        adjusted=(AdjustedSlots(slots, 0, np.zeros(1, np.int32)),),
+        adjusted=adjusted,
     )

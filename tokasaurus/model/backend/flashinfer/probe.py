@@ -7,6 +7,7 @@ else here. Where it fails, ``attention=auto`` takes another backend.
 from __future__ import annotations
 
 import logging
+import re
 import time
 
 import numpy as np
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 _PAGE_SIZE = 16
 _NUM_PAGES = 10
 
+# How compilers and linkers begin to say what is wrong.
+_MISTAKE = re.compile(r"\berror\s*:|\bfatal\s*:|cannot find -l")
+
 # Results are rounded to the dtype, and so are the parts that they are merged from. Keys that differ
 # in their last bits may be apart in e4m3.
 _TOLERANCES = {torch.float16: 0.01, torch.bfloat16: 0.06, torch.float32: 1e-4, E4M3: 0.1}
@@ -51,10 +55,10 @@ def why_not_built(backend: type[Backend], heads: ModelHeads, device: torch.devic
     try:
         difference = _difference(backend, heads, device)
     except Exception as error:  # whatever a compiler, a driver or a cache may raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        log.info("attention=%s: %s: %s", backend.name, type(error).__name__, error)
         return (
-            f"its kernels cannot be built or run: {reason}; nvcc must be that of PyTorch's CUDA"
-            f" {torch.version.cuda}, or set attention=triton"
+            f"its kernels cannot be built or run: {_reason(error)}; nvcc must be that of PyTorch's"
+            f" CUDA {torch.version.cuda}, or set attention=triton"
         )
     log.info("attention=%s: kernels loaded in %.1f s", backend.name, time.perf_counter() - started)
     # Not a number is not near either.
@@ -64,6 +68,13 @@ def why_not_built(backend: type[Backend], heads: ModelHeads, device: torch.devic
             f" {difference:.2g}; set attention=triton"
         )
     return None
+
+
+def _reason(error: Exception) -> str:
+    """A line of what an error says: of a compiler's output, that of the first mistake."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    return next((line for line in lines[1:] if _MISTAKE.search(line)), first)
 
 
 def _difference(backend: type[Backend], heads: ModelHeads, device: torch.device) -> float:

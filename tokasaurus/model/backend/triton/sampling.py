@@ -36,22 +36,26 @@ class TritonSampling:
         temperature: Tensor | None,
         token_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        count = len(logits if index is None else index)
-        norms = torch.empty(count, dtype=torch.float32, device=logits.device)
+        device = logits.device
+        # Made where they are not given, so that one kernel serves all that may be asked for.
+        if index is None:
+            index = torch.arange(len(logits), device=device)
+        count = len(index)
+        if temperature is None:
+            temperature = torch.ones(count, dtype=torch.float32, device=device)
+        norms = torch.empty(count, dtype=torch.float32, device=device)
         higher = None
         if token_ids is not None:
-            higher = torch.empty(count, dtype=torch.int64, device=logits.device)
+            higher = torch.empty(count, dtype=torch.int64, device=device)
         if count:
             sampling_kernels.sum_row[count,](
                 logits,
-                logits if index is None else index,
-                logits if temperature is None else temperature,
-                logits if token_ids is None else token_ids,
+                index,
+                temperature,
+                index if token_ids is None else token_ids,
                 norms,
-                norms if higher is None else higher,
+                index if higher is None else higher,
                 logits.stride(0),
-                HAS_INDEX=index is not None,
-                HAS_TEMPERATURES=temperature is not None,
                 COUNTS=token_ids is not None,
                 **_constants(logits),
             )

@@ -18,7 +18,7 @@ NO_ID = tl.constexpr(0x7FFFFFFF)
 WIDEST = tl.constexpr(104.0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows", "bits"])
+@triton.jit(do_not_specialize=["bits_stride"], do_not_specialize_on_alignment=["rows", "bits"])
 def mask_row(
     masked,  # [rows, SIZE], written
     logits,  # [rows, SIZE], before adjustments
@@ -109,26 +109,20 @@ def draw_token(
 @triton.jit(do_not_specialize_on_alignment=["index", "temperatures", "token_ids"])
 def sum_row(
     logits,  # [rows, SIZE]
-    index,  # [programs] int64; not read without HAS_INDEX
-    temperatures,  # [programs] fp32; not read without HAS_TEMPERATURES
+    index,  # [programs] int64
+    temperatures,  # [programs] fp32
     token_ids,  # [programs] int64; not read without COUNTS
     norms,  # [programs] fp32, written
     num_higher,  # [programs] int64, written with COUNTS
     stride,  # of rows of logits
-    HAS_INDEX: tl.constexpr,
-    HAS_TEMPERATURES: tl.constexpr,
     COUNTS: tl.constexpr,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The logarithm of the sum of e^score, and the number of tokens with higher scores."""
     number = tl.program_id(0).to(tl.int64)
-    row = logits + number * stride
-    if HAS_INDEX:
-        row = logits + tl.load(index + number) * stride
-    temperature = tl.full((), 1.0, tl.float32)
-    if HAS_TEMPERATURES:
-        temperature = tl.load(temperatures + number)
+    row = logits + tl.load(index + number) * stride
+    temperature = tl.load(temperatures + number)
     best_logit, _, nan_id = _best(row, SIZE, TILE)
     best = tl.div_rn(best_logit, temperature)
     total = _weight(row, temperature, best, LEAST, -NO_ID - 1, NO_ID, SIZE, TILE)
