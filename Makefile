@@ -21,6 +21,7 @@
 #   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
 #   make test-monitoring  run the dashboard's and the alerts' queries on a Prometheus
 #   make test-systemd  run the unit under a systemd in namespaces of its own, as root
+#   make test-oldest   install the lower bounds of pyproject.toml, and run the unit tests on them
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make docs          build the documentation as a site, in site/, and check its links
 #   make check         check formatting, lint, import contracts, types
@@ -55,8 +56,8 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-processes test-long test-determinism \
         test-sets test-parallel test-chaos test-restart test-ray test-verl test-clients test-sources \
-        test-traces test-cuda test-browser test-deploy test-monitoring test-systemd test-pythons docs \
-        bench gpu-check gpu-bundle gpu-kernels dist clean
+        test-traces test-cuda test-browser test-deploy test-monitoring test-systemd test-oldest \
+        test-pythons docs bench gpu-check gpu-bundle gpu-kernels dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -243,6 +244,40 @@ docs:
 	        --disable-pip-version-check -c constraints.txt mkdocs pygments markdown-it-py; }
 	@echo "==> the site, in site/"
 	@PYTHONPATH=. .venv-docs/bin/python tests/docs_check.py site
+
+# Each requirement in its lower bound, but for torch, which stays as it is: see tests/oldest_versions.py.
+# What only tests need is in its newest version, except for schemathesis, which wants a newer rich.
+# Wheels of the oldest numpy are for Python 3.10 to 3.12.
+OLDEST        := .venv-oldest
+OLDEST_STAMP  := $(OLDEST)/.installed
+OLDEST_PYTEST := $(OLDEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
+                   --no-loadscope-reorder --durations 10
+# Whole engines, as most users see them.
+OLDEST_ENGINES := $(addprefix tests/,test_basic.py $(addprefix launch/,test_openai_client.py \
+                    test_structured_output.py test_embedding_parity.py test_llm.py) \
+                    batch/test_offline.py)
+
+$(OLDEST_STAMP): $(STAMP) tests/oldest_versions.py
+	@echo "==> installing lower bounds in $(OLDEST) (about two minutes)"
+	@test -x $(OLDEST)/bin/python || $(BIN)/python -m venv $(OLDEST)
+	@$(BIN)/python tests/oldest_versions.py s3 parquet otlp train > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -c $(OLDEST)/constraints.txt -e '.[s3,parquet,otlp,train]' \
+	    hypothesis jsonschema pytest pytest-timeout pytest-xdist \
+	    moto==5.2.5 flask==3.1.3 flask-cors==6.0.5
+	@touch $@
+
+# The fields of requests that test_openai_fields.py compares are those of the newest openai.
+test-oldest: $(OLDEST_STAMP)
+	@echo "==> pytest, lower bounds: unit tests"
+	@$(OLDEST_PYTEST) -m 'not long and not engine and $(INSTALLED)' $(ARGS) \
+	    --ignore tests/server/test_fuzz_document.py \
+	    --ignore tests/server/operations/test_openai_fields.py
+	@echo "==> pytest, lower bounds: engines"
+	@$(OLDEST_PYTEST) -m 'not long and $(INSTALLED)' $(OLDEST_ENGINES)
+	@echo "==> pytest, lower bounds: S3 and traces"
+	@$(OLDEST_PYTEST) -m 's3 or traces' tests/cartridges tests/launch/test_cartridge_sources.py \
+	    tests/launch/test_traces.py
 
 test-pythons:
 	@found=$$(for python in $(PYTHONS); do \

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -28,6 +29,9 @@ ARCHITECTURES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
+
+# The major version of the installed one, which spells config.json in its own way.
+TRANSFORMERS = int(transformers.__version__.partition(".")[0])
 
 # Contexts are so short that all branches of a scaling matter within a few dozen tokens.
 ROPES: dict[str, dict[str, Any]] = {
@@ -86,7 +90,7 @@ def make_checkpoint(
         head_dim: written explicitly, except for qwen2, which has no such field.
         shards: the least number of safetensors files.
         rope: a name in ROPES, or ``rope_parameters`` in the spelling of transformers 5.
-        config_style: 4 or 5, for the config.json of transformers 4 or 5.
+        config_style: 4 or 5, for the config.json of transformers 4 or 5, whichever is installed.
         **config_fields: other fields of the architecture's config.
 
     Returns:
@@ -106,7 +110,7 @@ def make_checkpoint(
         "bos_token_id": 256,
         "eos_token_id": EOS_ID,
         "pad_token_id": 258,
-        "rope_parameters": dict(ROPES[rope] if isinstance(rope, str) else rope),
+        **rope_fields(ROPES[rope] if isinstance(rope, str) else rope),
     }
     if architecture != "qwen2":
         fields["head_dim"] = head_dim
@@ -118,8 +122,7 @@ def make_checkpoint(
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(directory, max_shard_size=num_bytes // shards if shards > 1 else "1GB")
     make_tokenizer().save_pretrained(directory)
-    if config_style == 4:
-        _respell_config(directory / "config.json")
+    _RESPELL[config_style](directory / "config.json")
     return directory
 
 
@@ -157,10 +160,34 @@ def _spread_biases_and_norms(model: torch.nn.Module) -> None:
                 parameter.normal_(1, 0.2)
 
 
-def _respell_config(path: Path) -> None:
-    rope = json.loads(path.read_text())["rope_parameters"]
-    theta = rope.pop("rope_theta")
-    scaling = None if rope["rope_type"] == "default" else rope
-    edit_json(path, rope_parameters=None, rope_theta=theta, rope_scaling=scaling)
-    dtype = json.loads(path.read_text())["dtype"]
-    edit_json(path, dtype=None, torch_dtype=dtype, transformers_version="4.57.1")
+def rope_fields(rope: dict[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` of transformers 5 as fields of the config of the installed one."""
+    return {"rope_parameters": dict(rope)} if TRANSFORMERS > 4 else _older_fields(rope)
+
+
+def _older_fields(rope: dict[str, Any]) -> dict[str, Any]:
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+    }
+
+
+def _respell_as_older(path: Path) -> None:
+    fields = json.loads(path.read_text())
+    if "rope_parameters" in fields:
+        edit_json(path, rope_parameters=None, **_older_fields(fields["rope_parameters"]))
+    edit_json(path, dtype=None, torch_dtype=fields["dtype"], transformers_version="4.57.1")
+
+
+def _respell_as_newer(path: Path) -> None:
+    fields = json.loads(path.read_text())
+    if "rope_parameters" in fields:
+        return
+    scaling = fields.get("rope_scaling") or {"rope_type": "default"}
+    rope = {**scaling, "rope_theta": fields["rope_theta"]}
+    edit_json(path, rope_parameters=rope, rope_theta=None, rope_scaling=None)
+    edit_json(path, transformers_version="5.0.0")
+
+
+_RESPELL = {4: _respell_as_older, 5: _respell_as_newer}

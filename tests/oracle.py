@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from checkpoints import TRANSFORMERS, rope_fields
+from transformers import AutoConfig, AutoModelForCausalLM
 
 # The two best logits may come in either order if they are closer than this.
 TIE = 1e-5
@@ -22,7 +23,12 @@ LOGPROB_TOLERANCE = 1e-4
 
 @lru_cache(maxsize=4)
 def reference_model(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(path)
+    if TRANSFORMERS == 4 and hasattr(config, "rope_parameters"):
+        # It takes a config.json of transformers 5, and computes without what this field says.
+        for name, value in rope_fields(config.rope_parameters).items():
+            setattr(config, name, value)
+    return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32).eval()
 
 
 def reference_generate(path: Path, prompt_ids: list[int], num_tokens: int) -> list[int]:

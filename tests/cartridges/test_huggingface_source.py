@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from cartridge_hosts import COMMIT, Hub
@@ -117,10 +120,32 @@ def test_what_is_not_there_is_refused_by_name(hub, asking):
     check_each(rows, check)
 
 
-def test_a_hub_that_fails_is_unavailable(hub, asking, monkeypatch):
+def test_a_hub_that_fails_is_unavailable(hub, asking):
     hub.server.answers["/api/models/owner/broken"] = Answer(status=500)
     assert "fails (status 500)" in asking(failure, "owner/broken")
     message = asking(failure, "owner/name", endpoint="http://127.0.0.1:1")
     assert "http://127.0.0.1:1 cannot be reached" in message
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set for the engine" in asking(failure, hub.name)
+
+
+_ASK_OFFLINE = """
+import sys
+from pathlib import Path
+
+from fetching import failure, with_http
+
+from tokasaurus.cartridges.sources.huggingface import HuggingFaceSource
+
+endpoint, name, directory = sys.argv[1:]
+print(with_http(lambda http: failure(HuggingFaceSource(http, 9, endpoint), name, Path(directory))))
+"""
+
+
+def test_an_engine_that_is_told_to_stay_offline_asks_no_hub(hub, tmp_path):
+    """A process of its own, since releases of the client read the variable at different moments."""
+    hub.put("c.pt", b"1")
+    hub.server.questions.clear()
+    arguments = ("-c", _ASK_OFFLINE, hub.server.url, hub.name, str(tmp_path))
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=offline)
+    assert "HF_HUB_OFFLINE is set for the engine" in done.stdout, done.stderr
+    assert not hub.server.questions

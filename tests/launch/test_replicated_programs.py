@@ -62,7 +62,7 @@ def workers(supervisor) -> dict[int, int]:
     """The process ids of the workers that the supervisor has now, by replica."""
     return {
         number: member.process.pid
-        for number, replica in supervisor._replicas.items()
+        for number, replica in supervisor._replicas._replicas.items()
         for member in replica.members
         if member.role.kind == "worker"
     }

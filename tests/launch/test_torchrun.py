@@ -39,7 +39,6 @@ from tokasaurus.launch.torchrun import (
 from tokasaurus.protocol.role import Role
 
 FLAGS = (
-    "shutdown_timeout_s=600",  # longer than any test waits
     "max_seqs_per_forward=16",
     "kv_cache_num_tokens=16384",
     "cpu_threads=1",
@@ -53,6 +52,7 @@ REQUEST = {
     "extra_body": {"ignore_eos": True},
 }
 FP32 = "dtype=float32"
+DRAINS = "shutdown_timeout_s=600"  # by itself: longer than any test waits
 MODULE = "tokasaurus.launch.torchrun"
 
 
@@ -82,6 +82,7 @@ class Srun:
         self.engine = EngineProcess(
             directory / "toka.log",
             *FLAGS,
+            DRAINS,
             *flags,
             program=("env", *self._words(0), sys.executable, "-m", MODULE),
         )
@@ -90,7 +91,16 @@ class Srun:
             with (directory / f"rank-{rank}.log").open("wb") as log:
                 self.others.append(
                     subprocess.Popen(
-                        ["env", *self._words(rank), sys.executable, "-m", MODULE, *FLAGS, *flags],
+                        [
+                            "env",
+                            *self._words(rank),
+                            sys.executable,
+                            "-m",
+                            MODULE,
+                            *FLAGS,
+                            DRAINS,
+                            *flags,
+                        ],
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         env={**os.environ, "TMPDIR": str(self.engine.private)},
@@ -151,7 +161,7 @@ def of_one_device() -> str:
 )
 def test_torchrun_starts_an_engine_that_serves_and_drains(tmp_path, port, sizes):
     program = torchrun(2 ** len(sizes), port)
-    engine = EngineProcess(tmp_path / "toka.log", *FLAGS, FP32, *sizes, program=program)
+    engine = EngineProcess(tmp_path / "toka.log", *FLAGS, DRAINS, FP32, *sizes, program=program)
     try:
         engine.wait_ready()
         assert stream(engine) == of_one_device()

@@ -11,7 +11,7 @@ from math import prod
 
 import pytest
 import torch
-from checkpoints import ROPES, edit_json, make_checkpoint
+from checkpoints import ROPES, edit_json, make_checkpoint, rope_fields
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -197,7 +197,7 @@ def test_rotary_frequencies_are_those_of_transformers(directory):
         {**ROPES["yarn"], "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False},
     ):
         config = read_model_config(directory(rope_parameters=rope))
-        theirs = LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters=dict(rope))
+        theirs = LlamaConfig(hidden_size=64, num_attention_heads=4, **rope_fields(rope))
         frequencies, scale = _frequencies(config.rope, config.head_dim)
         if rope["rope_type"] == "default":
             expected, expected_scale = 10000.0 ** -(torch.arange(0, 16, 2) / 16), 1.0

@@ -48,7 +48,8 @@ class ProgressDisplay:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._progress.stop()
+        if not self._progress.disable:  # rich 13 would print an empty line
+            self._progress.stop()
 
     def begin(self) -> None:
         """Says that the model is being loaded."""

@@ -185,8 +185,10 @@ class Connection(HttpToolsProtocol):
             if self._held:  # more waits in the system
                 # Not by ``flow``, which reads on as soon as a request asks for its body.
                 self.transport.pause_reading()
-        elif not self._is_idle and not self.cycle.response_started:
+        elif not self._is_idle and not self.cycle.response_started and self.cycle.keep_alive:
             self.cycle.keep_alive = False
+            # uvicorn before 0.53 closes the connection, and does not say so.
+            self.cycle.default_headers = [*self.cycle.default_headers, (b"connection", b"close")]
 
     @property
     def _can_move(self) -> bool:

@@ -116,7 +116,9 @@ class Http:
     def __init__(self) -> None:
         logging.getLogger("httpx2").addFilter(_hide_query)
         self._client = httpx2.AsyncClient(
-            timeout=httpx2.Timeout(_IDLE_S, connect=_CONNECT_S), follow_redirects=False
+            timeout=httpx2.Timeout(_IDLE_S, connect=_CONNECT_S),
+            follow_redirects=False,
+            event_hooks={"response": [_check_location]},
         )
 
     async def close(self) -> None:
@@ -204,7 +206,10 @@ class Http:
         """The first answer that is no redirect. A HEAD that is not known there becomes a GET."""
         for _ in range(_MAX_REDIRECTS + 2):
             check(request.url)
-            answer = await self._client.send(request, stream=True)
+            try:
+                answer = await self._client.send(request, stream=True)
+            except httpx2.InvalidURL:
+                raise errors.unavailable(f"{request.url.host} redirects to no valid URL") from None
             if answer.status_code in fallback and request.method == "HEAD":
                 following = self._follow(request, "GET", request.url)
             elif answer.status_code in _REDIRECTS and request.method != "POST":
@@ -248,10 +253,7 @@ class Http:
     def _redirected(
         self, request: httpx2.Request, answer: httpx2.Response, errors: SourceErrors
     ) -> httpx2.Request:
-        try:
-            url = request.url.join(answer.headers.get("location", ""))
-        except httpx2.InvalidURL:
-            raise errors.unavailable(f"{request.url.host} redirects to no valid URL") from None
+        url = _location(answer)
         if url.scheme != request.url.scheme and url.scheme != "https":
             raise errors.unavailable(f"it redirects from {request.url.scheme} to {url.scheme}")
         return self._follow(request, request.method, url)
@@ -262,6 +264,17 @@ class Http:
         if _origin(url) == _origin(request.url):
             sent = {key: request.headers[key] for key in request.headers if key != "host"}
         return self._client.build_request(method, url, headers=sent)
+
+
+def _location(answer: httpx2.Response) -> httpx2.URL:
+    """Raises httpx2.InvalidURL."""
+    return answer.request.url.join(answer.headers.get("location", ""))
+
+
+async def _check_location(answer: httpx2.Response) -> None:
+    """Raises httpx2.InvalidURL before the client looks: releases differ in what they then raise."""
+    if answer.status_code in _REDIRECTS:
+        _location(answer)
 
 
 def content_length(answer: httpx2.Response) -> int | None:
