@@ -28,6 +28,7 @@
 #   make bench         measure the CPU time of the manager     make bench ARGS='mix=full quick=T'
 #   make gpu-check     check that a GPU computes what the CPU computes, and how fast it serves
 #   make gpu-bundle    collect in gpu-bundle/ what a GPU machine without a network lacks
+#   make gpu-kernels   build FlashInfer's kernels for an H200, and add them to gpu-bundle/
 #   make dist          build the wheel and the sdist in dist/
 #   make install       make .venv with the package (editable) and everything that the targets need
 
@@ -55,8 +56,8 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-processes test-long test-determinism \
         test-sets test-parallel test-chaos test-restart test-ray test-verl test-clients test-sources \
-        test-traces test-cuda test-browser test-deploy test-monitoring test-systemd test-oldest test-pythons docs \
-        bench gpu-check gpu-bundle dist clean
+        test-traces test-cuda test-browser test-deploy test-monitoring test-systemd test-oldest \
+        test-pythons docs bench gpu-check gpu-bundle gpu-kernels dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -182,16 +183,18 @@ test-traces: install
 
 # An environment of its own: Triton's interpreter needs an older numpy than constraints.txt has, and
 # with Triton installed torch takes other ways. It has the packages of the usual one, except for these.
+# Of CUDA it has headers, with which FlashInfer's planner is compiled for the host.
 CUDA_STAMP := .venv-cuda/.installed
 
-$(CUDA_STAMP): $(STAMP)
+$(CUDA_STAMP): $(STAMP) Makefile
 	@echo "==> installing Triton and FlashInfer in .venv-cuda (about 1 GB)"
 	@test -x .venv-cuda/bin/python || $(BIN)/python -m venv .venv-cuda
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > $$(.venv-cuda/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/usual.pth
 	@.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    triton==3.6.0 'numpy<2.4' \
-	    flashinfer-python==0.6.14 apache-tvm-ffi==0.1.15.post2 nvidia-ml-py==13.615.71
+	    flashinfer-python==0.6.14 apache-tvm-ffi==0.1.15.post2 nvidia-ml-py==13.615.71 \
+	    nvidia-cuda-runtime==13.0.96 nvidia-cuda-crt==13.0.88 ninja
 	@touch $@
 
 test-cuda: $(CUDA_STAMP)
@@ -295,11 +298,17 @@ gpu-check: $(GPU_VENV)/.installed
 
 .venv-gpu/.installed: gpu-bundle/install.sh
 	@echo "==> installing gpu-bundle in .venv-gpu"
-	@gpu-bundle/install.sh $(PYTHON) .venv-gpu
+	@sh gpu-bundle/install.sh $(PYTHON) .venv-gpu
 	@touch $@
 
 gpu-bundle: install
 	@$(BIN)/python tests/gpu_bundle.py gpu-bundle
+
+# Needs nvcc of the CUDA that the GPU machine has, and no GPU; on two cores it takes 15 minutes. What
+# was interrupted goes on.
+gpu-kernels: $(CUDA_STAMP)
+	@PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" PYTHONPATH=$(CURDIR) \
+	    .venv-cuda/bin/python tests/gpu_bundle_kernels.py .venv-cuda/kernels gpu-bundle/kernels
 
 dist: install
 	@echo "==> building the sdist, and from it the wheel"

@@ -8,10 +8,11 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
+from engine_process import eventually
 from file_server import Answer
+from ports import held_port
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -93,24 +94,23 @@ class Wandb:
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
     """The URL of a server that speaks S3's protocol (moto's), in a process of its own."""
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(600):
-            try:
+    with held_port() as port:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+        def listens() -> bool:
+            assert server.poll() is None, "the S3 server has ended"
+            with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port)).close()
-            except OSError:
-                assert server.poll() is None, "the S3 server has ended"
-                time.sleep(0.05)
-            else:
-                break
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
+                return True
+            return False
+
+        try:
+            eventually(listens, "the S3 server listens")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait()

@@ -13,7 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "MODEL" not in os.environ:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A job in the background inherits it ignored, and so would all that tests start to interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "MODEL" in os.environ:
+        _fetch(os.environ["MODEL"])
     name = config.getoption("--processor")
     if name is not None:
         (chosen,) = instruction_sets.candidate_sets(name)
@@ -40,6 +43,18 @@ def pytest_configure(config: pytest.Config) -> None:
         told.write_text(f"flags : {' '.join(chosen.features)}\n")
         instruction_sets._CPU_INFO = told
         instruction_sets._processor_features.cache_clear()
+
+
+def _fetch(model: str) -> None:
+    """Downloads a model if need be: that may take longer than a test may."""
+    # The tests of other people's clients run where the engine's libraries are not installed.
+    from tokasaurus.errors import ModelError
+    from tokasaurus.launch.model_files import find_model
+
+    try:
+        find_model(model)
+    except ModelError as error:
+        raise pytest.UsageError(f"MODEL: {error}") from None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

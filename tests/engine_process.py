@@ -113,7 +113,7 @@ class EngineProcess:
     def get(self, path: str) -> tuple[int, str]:
         """Status and body; status 0 if nothing listens."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            with urllib.request.urlopen(self.url + path, timeout=60) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from tokasaurus.config.parser import parse_command_line
 from tokasaurus.config.slices import EngineSlices
-from tokasaurus.launch import supervisor
+from tokasaurus.launch import replica_members
 from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.listening import listen
 from tokasaurus.launch.supervisor import Supervisor
@@ -26,7 +26,7 @@ def all_steps_ahead(slices: EngineSlices) -> EngineSlices:
 
 def impatient(slices: EngineSlices) -> EngineSlices:
     """A replica that is started again has twice the time that its first start took."""
-    supervisor._MIN_START_S, supervisor._START_FACTOR = 1.0, 2.0
+    replica_members._MIN_START_S, replica_members._START_FACTOR = 1.0, 2.0
     return slices
 
 

@@ -7,6 +7,8 @@ is large. Everything else that an engine imports goes into ``DIRECTORY/wheels``:
 its other dependencies, and FlashInfer with those of its dependencies that attention needs. Where
 the directory is copied to the machine, ``DIRECTORY/install.sh PYTHON ENVIRONMENT`` installs it.
 
+``make gpu-kernels`` adds kernels of FlashInfer, which it would otherwise build there.
+
 pip resolves this as it would on that machine: empty wheels stand for what is there. The last step
 resolves it again, from the directory alone. The exit status is 1 if that fails, or if the wheels
 take more than 60 MiB.
@@ -85,14 +87,21 @@ for path in sys.path:
 "$inner" -m pip install --no-index --find-links "$wheels" tokasaurus FOR_IT
 # Its metadata names more than attention needs.
 "$inner" -m pip install --no-index --find-links "$wheels" --no-deps FLASHINFER
+kernels=$wheels/../kernels
+if [ -d "$kernels" ]; then
+    # FlashInfer takes what lies there, and builds what does not.
+    built=$("$inner" -c 'import flashinfer; print(flashinfer.__path__[0])')/data/aot
+    mkdir -p "$built"
+    cp -r "$kernels/." "$built"
+fi
 "$inner" -c 'import tokasaurus, flashinfer; print("installed; FlashInfer", flashinfer.__version__)'
 """
 
 
 def main(directory: str) -> int:
     target = Path(directory)
-    shutil.rmtree(target, ignore_errors=True)
     wheels = target / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
     wheels.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as made:
         stubs = Path(made) / "stubs"

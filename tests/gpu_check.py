@@ -5,7 +5,8 @@
     make gpu-check ARGS='device=cpu size=tiny'     the check itself, on any machine
 
 =======  ===========================================================================================
-kernels  each backend against the reference on the device itself, on random batches
+kernels  each backend against the reference on the device itself, on random batches; and whether a
+         warm engine waits for the device, or compiles a kernel
 parity   a small model with every backend and option against the CPU: greedy tokens and logprobs
 speed    Llama-3.2-1B's shape with random weights: repeated sampling, and chat-like traffic
 =======  ===========================================================================================
@@ -30,6 +31,7 @@ import torch
 from gpu_jobs import Job, Outcome, run_in_processes
 from gpu_kernels import kernel_jobs
 from gpu_parity import Finding, Parity, make_model
+from gpu_settled import settled_jobs
 from gpu_speed import SETUPS, SIZES, Speed, measure_rates, measure_speeds
 
 from tokasaurus.bench.output import table
@@ -137,10 +139,11 @@ class _Check:
         config = self._config
         kernels: list[Job] = []
         parity = None
+        checkpoint = make_model(self._directory / "small")
         if "kernels" in config.parts:
             kernels = kernel_jobs(config.device, builds_all=config.builds_all)
+            kernels += settled_jobs(config.device, checkpoint)
         if "parity" in config.parts:
-            checkpoint = make_model(self._directory / "small")
             compiles = SIZES[config.size].compiles
             parity = Parity(config.device, checkpoint, checkpoint, compiles=compiles)
         jobs = [*kernels, *(parity.jobs() if parity else ())]

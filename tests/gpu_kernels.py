@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from attention_batches import HEADS, make_cache, random_steps, random_world
+from attention_batches import (
+    HEADS,
+    add_prefill,
+    large_group,
+    make_cache,
+    random_steps,
+    random_world,
+)
 from gpu_jobs import Job
 from gpu_parity import backend_names
 from sampling_driver import draw, random_batch, sent
@@ -24,7 +31,9 @@ from tokasaurus.model.backend.base import (
 )
 from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
+from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.sampling.draws import plan_row_draws
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["kernel_jobs"]
 
@@ -33,6 +42,8 @@ _SHAPES = [*HEADS, (32, 8, 64), (28, 4, 128)]
 _TOLERANCES = {torch.float32: 5e-5, torch.float16: 0.004, torch.bfloat16: 0.03}
 # Of most models, and of the model of the other parts: one build of FlashInfer serves all.
 _BUILT_DTYPE, _BUILT_HEAD_DIM = torch.bfloat16, 64
+# Rows, columns of shared pages, and numbers of a cache, of which 32 bits cannot count all.
+_LARGE, _SMALL = (1500, 64, 1 << 31), (20, 4, 0)
 # Rows and sizes of the element-wise kernels.
 _SIZES = [(1, 64), (7, 576), (300, 2048), (33, 4096)]
 _PAGE_SIZES = (16, 20, 64)
@@ -60,6 +71,8 @@ def kernel_jobs(device: str, *, builds_all: bool) -> list[Job]:
             what = f"attention={name}, kernels in {_name(dtype)}"
             jobs.append(Job(what, check_layers, (name, device, dtype, head_dims)))
         jobs.append(Job(f"attention={name}, draws", check_sampling, (name, device)))
+        large = _LARGE if device == "cuda" else _SMALL
+        jobs.append(Job(f"attention={name}, large batches", check_large, (name, device, *large)))
     return jobs
 
 
@@ -98,6 +111,56 @@ def check_layers(
         if not largest <= tolerance:
             failures.append(f"{what} of {where} differs by {largest:.2g}, over {tolerance:.2g}")
     return f"{', '.join(results)} of {tolerance:.2g}", failures
+
+
+def check_large(
+    name: str, device: str, num_rows: int, num_columns: int, least_numbers: int
+) -> tuple[str, list[str]]:
+    """Many decodes, with a group and without, and a chunk: all in the last pages of a cache.
+
+    Args:
+        name: of the backend.
+        device: of it.
+        num_rows: that decode.
+        num_columns: of pages that they share.
+        least_numbers: in the keys of the cache.
+
+    Raises:
+        ConfigError: the backend does not run here.
+    """
+    backend, dtype, page_size = _runnable(name, device), _BUILT_DTYPE, 16
+    num_heads, num_kv_heads = 32, 8
+    plain, grouped = large_group(num_rows, num_columns, page_size)
+    batches = add_prefill(plain, num_columns * page_size), grouped
+    used = max(int(rows.page_table.max()) for rows in batches) + 1
+    in_page = num_kv_heads * page_size * _BUILT_HEAD_DIM
+    num_pages = ceil_div(least_numbers, in_page) + used
+    cache = KVCache.allocate(
+        num_layers=1,
+        num_pages=num_pages,
+        page_size=page_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=_BUILT_HEAD_DIM,
+        dtype=dtype,
+        device=torch.device(device),
+    )
+    torch.manual_seed(0)
+    for tensor in cache.keys + cache.values:
+        tensor[-used:].normal_()
+    tolerance, differences = _TOLERANCES[dtype], []
+    for rows in batches:
+        page_table = (rows.page_table + (num_pages - used)).to(device)
+        rows = replace(rows, page_table=page_table)
+        inputs = _inputs(rows, num_heads + 2 * num_kv_heads, _BUILT_HEAD_DIM, dtype, device)
+        output, expected = (
+            each(cache, num_heads).plan(rows).attend(0, *inputs, None)
+            for each in (backend, ReferenceBackend)
+        )
+        differences.append(_difference(output, expected))
+    result = f"{', '.join(f'{each:.2g}' for each in differences)} of {tolerance:.2g}"
+    # Not a number is not near either.
+    is_near = all(each <= tolerance for each in differences)
+    return result, [] if is_near else [f"attention differs by {result}"]
 
 
 def check_sampling(name: str, device: str) -> tuple[str, list[str]]:

@@ -25,7 +25,7 @@ from gpu_jobs import Job, Outcome
 
 from tokasaurus import LLM, SamplingParams
 
-__all__ = ["Finding", "Parity", "make_model"]
+__all__ = ["Finding", "Parity", "backend_names", "engine", "make_model", "prompts"]
 
 _NUM_PROMPTS = 8
 _NUM_TOKENS = 48
@@ -295,8 +295,8 @@ def run_engine(device: str, dtype: str, checkpoint: Path, flags: Mapping[str, ob
     Raises:
         ConfigError: it cannot run here.
     """
-    with _engine(device, dtype, checkpoint, **flags) as llm:
-        return _run(llm, _prompts(length=64))
+    with engine(device, dtype, checkpoint, **flags) as llm:
+        return _run(llm, prompts(length=64))
 
 
 def greedy_losses(
@@ -309,12 +309,13 @@ def greedy_losses(
         flags: of it.
         tokens: by name, that were generated behind each prompt.
     """
-    with _engine("cpu", "float32", checkpoint, **flags) as judge:
-        texts = _prompts(length=64)
+    with engine("cpu", "float32", checkpoint, **flags) as judge:
+        texts = prompts(length=64)
         return {name: _greedy_loss(judge, texts, each) for name, each in tokens.items()}
 
 
-def _engine(device: str, dtype: str, checkpoint: Path, **flags: object) -> LLM:
+def engine(device: str, dtype: str, checkpoint: Path, **flags: object) -> LLM:
+    """An engine of the small model, in this process."""
     return LLM(
         checkpoint,
         device=device,
@@ -326,7 +327,7 @@ def _engine(device: str, dtype: str, checkpoint: Path, **flags: object) -> LLM:
     )
 
 
-def _prompts(length: int) -> list[list[int]]:
+def prompts(length: int) -> list[list[int]]:
     """Prompts of several lengths, which begin alike."""
     ids = random.Random(0)
     shared = [ids.randrange(256) for _ in range(length // 2)]

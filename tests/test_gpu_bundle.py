@@ -51,6 +51,9 @@ def test_the_environment_sees_what_the_environment_of_its_python_has(tmp_path):
     # Any version stands for the one that is wanted.
     script.write_text(re.sub(r"(==|>=)[\d.,<]+", "", install_script()))
     environment = tmp_path / "environment"
+    built = tmp_path / "kernels" / "page" / "page.so"
+    built.parent.mkdir(parents=True)
+    built.write_text("a library")
     done = subprocess.run(
         ["sh", str(script), sys.executable, str(environment)], capture_output=True, text=True
     )
@@ -60,5 +63,7 @@ def test_the_environment_sees_what_the_environment_of_its_python_has(tmp_path):
         [str(environment / "bin" / "python"), "-c", look], capture_output=True, text=True
     )
     assert found.stdout.split() == [torch.__file__, str(environment)], found.stderr
+    (copied,) = environment.rglob("flashinfer/data/aot/page/page.so")
+    assert copied.read_text() == "a library"
     # What it installs is in it, and not beside PyTorch.
     assert len(list(environment.rglob("flashinfer_python-99.dist-info"))) == 1

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import stat
+import warnings
 from dataclasses import replace
 
 import gpu_check
 import gpu_kernels
 import gpu_parity
+import gpu_settled
 import gpu_speed
 import pytest
 import torch
@@ -18,6 +20,7 @@ from engine_process import eventually
 from gpu_job_samples import aborts, hangs, refuses, sums
 from gpu_jobs import Job, run_here, run_in_processes
 
+from tokasaurus import LLM
 from tokasaurus.bench.peers.checkpoint import SHAPES
 from tokasaurus.bench.peers.loads import Rates, bound_s
 from tokasaurus.bench.peers.workloads import Request
@@ -132,7 +135,11 @@ def test_kernels_that_compute_the_same_pass(few_shapes):
         result, failures = outcomes.pop(f"attention=compiled, kernels in {dtype}")
         assert re.fullmatch(r"attention [\d.e-]+, operators [\d.e-]+ of [\d.e-]+", result)
         assert failures == []
-    assert outcomes == {"attention=compiled, draws": ("0 of 540 drawn tokens differ", [])}
+    assert outcomes.pop("attention=compiled, draws") == ("0 of 540 drawn tokens differ", [])
+    ((what, (result, failures)),) = outcomes.items()
+    assert what == "attention=compiled, large batches"
+    assert re.fullmatch(r"[\d.e-]+, [\d.e-]+ of 0.03", result)
+    assert failures == []
 
 
 def test_kernels_that_compute_something_else_fail(few_shapes, monkeypatch):
@@ -145,8 +152,44 @@ def test_kernels_that_compute_something_else_fail(few_shapes, monkeypatch):
     for dtype in ("float32", "float16", "bfloat16"):
         _, (failure,) = outcomes.pop(f"attention=compiled, kernels in {dtype}")
         assert failure.startswith("attention of batch")
-    ((_, (failure,)),) = outcomes.values()
+    _, (failure,) = outcomes.pop("attention=compiled, draws")
     assert "drawn tokens differ" in failure
+    ((result, (failure,)),) = outcomes.values()
+    assert result == "nan, nan of 0.03"
+    assert "differs by nan" in failure
+
+
+def test_a_warm_engine_is_watched_with_every_kind_of_sampling(checkpoints, monkeypatch):
+    generated = []
+    generate = LLM.generate
+
+    def note(llm, texts, params, **options):
+        outputs = generate(llm, texts, params, **options)
+        generated.append(len(outputs))
+        return outputs
+
+    monkeypatch.setattr(LLM, "generate", note)
+    result, failures = gpu_settled.check_settled("compiled", "cpu", checkpoints[0])
+    assert (result, failures) == ("0 waits, 0 kernels compiled", [])
+    assert generated == [7] + [1] * 7
+    names = [job.name for job in gpu_settled.settled_jobs("cuda", checkpoints[0])]
+    assert names == [f"attention={name}, once it is warm" for name in ("triton", "flashinfer")]
+    assert gpu_settled.settled_jobs("cpu", checkpoints[0]) == []
+
+
+def test_places_where_the_host_waits_are_told(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with gpu_settled._noted("cuda") as (waits, compiled):
+        assert modes == ["warn"]
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+    assert modes == ["warn", "default"]
+    first, second = waits
+    assert first == second
+    assert first.startswith("test_gpu_check.py:")
+    assert compiled == []
 
 
 def test_flashinfer_builds_one_kind_of_kernels_unless_all_are_asked_for():
@@ -156,8 +199,9 @@ def test_flashinfer_builds_one_kind_of_kernels_unless_all_are_asked_for():
         jobs = gpu_kernels.kernel_jobs("cuda", **options)
         return [job.arguments[2:] for job in jobs if job.arguments[0] == "flashinfer"]
 
-    assert jobs(builds_all=False) == [(torch.bfloat16, (64,)), ()]
-    assert jobs(builds_all=True) == [(torch.float16, None), (torch.bfloat16, None), ()]
+    large = (1500, 64, 1 << 31)
+    assert jobs(builds_all=False) == [(torch.bfloat16, (64,)), (), large]
+    assert jobs(builds_all=True) == [(torch.float16, None), (torch.bfloat16, None), (), large]
     first, *_ = gpu_kernels.kernel_jobs("cuda", builds_all=False)
     assert first.arguments[0] == "flashinfer"
 

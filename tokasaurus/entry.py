@@ -13,6 +13,7 @@ from tokasaurus.commands import COMMANDS
 from tokasaurus.config.commands import run_command
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.parser import drop_warning, log_format_of, parse_command_line
+from tokasaurus.config.pipes import ends_with_its_reader
 from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.launch.keeping.keeper import Keeper
 from tokasaurus.launch.listening import listen
@@ -58,6 +59,7 @@ def _show_memory(config: EngineConfig) -> str:
     return show_memory(config)
 
 
+@ends_with_its_reader
 def main() -> None:
     """Runs the command that the first word names, or an engine."""
     words = sys.argv[1:]

@@ -88,6 +88,8 @@ class WeightsGroup:
         store.set_timeout(left)
         interface = _interface_of(own)
         environment = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
+        if place.backend == "gloo":
+            store = _WatchedStore(store, place, deadline, is_wanted)
         try:
             self._group = _new_group(place, store, left, environment)
         except (RuntimeError, ValueError) as error:
@@ -192,6 +194,42 @@ class WeightsGroup:
                     raise EngineError(
                         f"no trainer listens at {place.address}:{place.port} ({error})"
                     ) from None
+            time.sleep(_LOOK_S)
+
+
+class _WatchedStore(c10d.Store):
+    """A store in which a rank waits for another one only as long as the group is wanted.
+
+    The store of torch waits within C++ to the end of its time.
+
+    Args:
+        store: of the group.
+        place: of this rank.
+        deadline: for all ranks to come, of ``time.monotonic``.
+        is_wanted: asked while it waits.
+    """
+
+    def __init__(
+        self, store: Any, place: GroupPlace, deadline: float, is_wanted: Callable[[], bool]
+    ) -> None:
+        super().__init__()
+        self._store, self._place = store, place
+        self._deadline, self._is_wanted = deadline, is_wanted
+
+    def set(self, key: str, value: str) -> None:
+        self._store.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        value: bytes = self._store.get(key)
+        return value
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        while not self._store.check(keys):
+            if not self._is_wanted():
+                raise EngineError(f"the group {self._place.name!r} was left meanwhile")
+            if time.monotonic() > self._deadline:
+                raise RuntimeError("the time is up")
             time.sleep(_LOOK_S)
 
 

@@ -182,3 +182,9 @@ def test_two_simulated_services_run_side_by_side():
         for service in (one, other):
             with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/ping") as answer:
                 assert answer.status == 200
+
+
+def test_traces_that_cannot_be_made_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr("tokasaurus.bench.server.is_installed", lambda: False)
+    assert main(["server", "traces=T"]) == 2
+    assert "tokasaurus[otlp]" in capsys.readouterr().err

@@ -85,7 +85,7 @@ def main() -> None:
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in some],
             "shapes": [list(tensor.shape) for _, tensor in some],
             "weight_version": "foreign",
-            "timeout_s": 2,
+            "timeout_s": 2 if number == 1 and mode != "send" else 30,
         }
         updating = posting(url, "/update_weights_from_distributed", body, answers)
         if number == 1 and mode == "die":

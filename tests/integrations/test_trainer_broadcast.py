@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +16,7 @@ import pytest
 import torch
 from engine_process import eventually, running
 from file_server import Answer, file_server
+from ports import held_port
 from test_trainer_buckets import PROMPT, check_weights, noisy_model
 
 from tokasaurus.client import Client, RetryPolicy
@@ -36,10 +37,11 @@ def sender(client):
         yield made
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture
+def port():
+    """Where a group meets."""
+    with held_port() as held:
+        yield held
 
 
 def tokens(client):
@@ -49,8 +51,9 @@ def tokens(client):
 
 def foreign(client, checkpoint, mode):
     """What the engine answers a trainer that knows nothing of us; None if it died."""
-    command = [sys.executable, TRAINER, client.base_url, checkpoint, mode, str(free_port())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    with held_port() as port:
+        command = [sys.executable, TRAINER, client.base_url, checkpoint, mode, str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
     if mode == "die":
         assert done.returncode == -signal.SIGKILL, done.stderr
         return None
@@ -112,12 +115,12 @@ def test_a_trainer_that_fails_leaves_the_weights_as_they_were(client, sender, tm
     check_weights(client, model, tmp_path / "next")
 
 
-def test_nothing_waits_for_a_trainer_that_never_comes(client):
+def test_nothing_waits_for_a_trainer_that_never_comes(client, port):
     expected = tokens(client)
 
     def join():
         place = {"first_rank": 1, "world_size": 2, "backend": "gloo", "timeout_s": 1.5}
-        client._loop.run(client._async.weights.join_group("g", "127.0.0.1", free_port(), **place))
+        client._loop.run(client._async.weights.join_group("g", "127.0.0.1", port, **place))
 
     with ThreadPoolExecutor(1) as pool:
         started = time.monotonic()
@@ -132,9 +135,9 @@ def test_nothing_waits_for_a_trainer_that_never_comes(client):
             joining.result()
 
 
-def test_a_trainer_may_take_the_place_of_one_that_is_silent(client, tmp_path):
+def test_a_trainer_may_take_the_place_of_one_that_is_silent(client, port, tmp_path):
     """With a group of the same name, while the engine still receives from the other one."""
-    name, port, weights = "weight_update_group", free_port(), client._async.weights
+    name, weights = "weight_update_group", client._async.weights
     place = {"first_rank": 1, "world_size": 2, "backend": "gloo", "timeout_s": 60}
     joining = client._loop.begin(weights.join_group(name, "127.0.0.1", port, **place))
     silent = WeightsGroup(GroupPlace(name, "127.0.0.1", port, 0, 2, "gloo"), 30)
@@ -162,6 +165,8 @@ def test_an_engine_that_refuses_is_told_of_while_another_waits_for_it(client):
             pytest.raises(Conflict, match="not here"),  # and not that ranks are missing
         ):
             sender.send(noisy_model(1).state_dict())
+        # Nor does anything wait for them afterwards, which the end of the program would cut off.
+        assert "weights-group" not in [each.name for each in threading.enumerate()]
     assert other.count("POST", "/destroy_weights_update_group") == 1
 
 
@@ -218,6 +223,30 @@ def test_tensors_that_do_not_fit_are_refused_by_name(client, sender, kind, error
     assert client.weights.version().version == version.version + 1
 
 
+def test_what_an_engine_says_comes_after_its_worker_has_left_the_group(monkeypatch):
+    """Its answer goes through more processes than the end of the worker's connection."""
+
+    class Left:
+        def broadcast(self, tensor, timeout_s):
+            raise EngineError("another rank is gone")
+
+        def close(self):
+            pass
+
+    def refuse(question):
+        time.sleep(0.3)
+        return Answer.json({"error": {"message": "no such tensor"}}, 400)
+
+    with file_server() as engine:
+        for path in ("/start_weight_update", "/destroy_weights_update_group"):
+            engine.answers[path] = Answer.json({})
+        engine.answers["/update_weights_from_distributed"] = refuse
+        with BroadcastSender(engine.url, retry=NO_RETRY) as sender:
+            monkeypatch.setattr(sender, "_group", Left())
+            with pytest.raises(RequestError, match="no such tensor"):
+                sender.send({"x": torch.ones(2)})
+
+
 def test_weights_of_a_trainer_are_gone_after_a_release_until_the_next_update(client, sender):
     sender.send(noisy_model(8).state_dict())
     expected = tokens(client)
@@ -232,9 +261,9 @@ def test_weights_of_a_trainer_are_gone_after_a_release_until_the_next_update(cli
     assert tokens(client) == expected
 
 
-def test_an_engine_that_is_not_there_and_arguments_that_are_wrong():
+def test_an_engine_that_is_not_there_and_arguments_that_are_wrong(port):
     with (
-        BroadcastSender(f"http://127.0.0.1:{free_port()}", retry=NO_RETRY) as sender,
+        BroadcastSender(f"http://127.0.0.1:{port}", retry=NO_RETRY) as sender,
         pytest.raises(EngineError, match="nothing answers"),
     ):
         sender.send(noisy_model(1).state_dict())
@@ -281,9 +310,8 @@ def test_a_replica_that_starts_again_waits_for_the_next_broadcast(tmp_path):
 
 
 @pytest.mark.long
-def test_a_trainer_that_is_silent_is_no_stall_and_delays_no_shutdown(tmp_path):
+def test_a_trainer_that_is_silent_is_no_stall_and_delays_no_shutdown(port, tmp_path):
     with running(tmp_path, *FLAGS, "stall_timeout_s=1") as engine, Client(engine.url) as client:
-        port = free_port()
         place = {"first_rank": 1, "world_size": 2, "backend": "gloo", "timeout_s": 60}
         join = client._async.weights.join_group("g", "127.0.0.1", port, **place)
         joining = client._loop.begin(join)

@@ -55,6 +55,7 @@ def run(model):
     """Runs a coroutine that takes the engine. All share one, and one event loop."""
     loop, others = asyncio.new_event_loop(), engine_threads()
     llm = AsyncLLM(model, **FLAGS)
+    loop.run_until_complete(llm.get_tokenizer())  # loads it
 
     def run_in_loop(use: Callable[[AsyncLLM], Coroutine[Any, Any, None]]) -> None:
         loop.run_until_complete(asyncio.wait_for(use(llm), 120))
@@ -322,10 +323,10 @@ def test_an_abort_keeps_the_tokens_so_far(run):
     async def use(llm):
         for abort in (llm.abort_all, partial(llm.pause, "abort")):
             several = replace(ENDLESS, n=2, logprobs=0)
+            whole = asyncio.ensure_future(llm.generate("y", several))
             stream = aiter(llm.generate("x", several))
             await anext(stream)
-            whole = asyncio.ensure_future(llm.generate("y", several))
-            await until(lambda: len(llm._state.engine().generations) == 2)
+            assert len(llm._state.engine().generations) == 2
             assert await abort() in (4, None)  # a pause does not say how many
             pieces = [piece async for piece in stream]
             for output in (pieces[-1], await whole):

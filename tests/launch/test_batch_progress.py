@@ -101,6 +101,7 @@ def test_a_price_may_be_one_or_two():
         ("in out part=2/2", "part=2/2: expected I/N"),
         ("s3://bucket/in out", "s3://bucket/in is a URL; set launcher=ray"),
         ("in s3://bucket/out", "s3://bucket/out is a URL; set launcher=ray"),
+        ("in.jsonl s3://b/out launcher=ray", "s3://b/out is a URL, where only the answers to a"),
         ("in out", "has no files"),
         ("in/*.jsonl out", "has no files"),
         ("in out price_per_millon=1", "the nearest is 'price_per_million'"),

@@ -104,7 +104,7 @@ def test_verify_compares_with_a_model(own, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.err == ""
     assert all(
-        line.startswith(f"{own} is a cartridge of 21 positions, 0.0 MB in F32; digest ")
+        line.startswith(f"{own} is a cartridge of 21 positions, 16.1 KB in F32; digest ")
         for line in printed.out.splitlines()
     )
     assert run("verify", own, f"model={other}") == 1

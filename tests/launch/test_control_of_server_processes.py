@@ -31,7 +31,7 @@ FLAGS = (
     "max_tokens_per_forward=64",
     "kv_cache_num_tokens=16384",
     "cpu_threads=1",
-    "shutdown_timeout_s=30",
+    "shutdown_timeout_s=600",
 )
 GENERATE = "/v1/completions"
 UPDATES = "/v1/weights/updates"

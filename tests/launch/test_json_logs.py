@@ -59,7 +59,40 @@ def test_warnings_restarts_and_the_end_are_lines_too(tmp_path):
                 eventually(lambda: "restart: done" in engine.log, "the restart", 120)
         engine.signal(signal.SIGTERM)
         assert engine.wait_exit(30) == 0
-        assert engine.json_log(process="toka", level="INFO")
+        said = {
+            role: [
+                line["message"]
+                for line in engine.json_log(level="INFO", process=role)
+                if "status" not in line
+            ]
+            for role in ("toka", "server")
+        }
+    check_each_begins(
+        said["toka"],
+        "process id",
+        "restart: engine 2 starts beside engine 1",
+        "restart: engine 2 serves; engine 1 takes no more connections, and finishes",
+        "engine 1 has ended",
+        "restart: done",
+        "engine 2 has ended",
+    )
+    # These are of two processes.
+    check_each_begins(
+        sorted(said["server"]),
+        "draining",
+        "engine 1 leaves files and batches to engine 2",
+        "engine 2 has the files and batches now",
+        "process id",
+        "process id",
+        "ready: ",
+        "ready: ",
+    )
+
+
+def check_each_begins(messages, *beginnings):
+    assert len(messages) == len(beginnings), messages
+    for message, words in zip(messages, beginnings, strict=True):
+        assert message.startswith(words), messages
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):

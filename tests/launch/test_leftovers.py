@@ -87,5 +87,5 @@ def test_an_engine_sweeps_when_it_starts(tmp_path):
         assert new != old
         sweep()
         assert new.exists()
-        supervisor._clean_up()
+        supervisor._members.end_all()
     assert not list(tmp_path.iterdir())

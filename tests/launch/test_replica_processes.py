@@ -29,8 +29,11 @@ FLAGS = (
     "max_tokens_per_forward=64",
     "kv_cache_num_tokens=16384",
     "cpu_threads=1",
-    "stall_timeout_s=2",
+    # A drain that does not end by itself would take longer than any test waits.
+    "shutdown_timeout_s=600",
 )
+# For processes that hang. A machine with more work may need as long for a batch.
+IMPATIENT = "stall_timeout_s=2"
 REQUEST = {
     "model": "m",
     "prompt": "A B C D",
@@ -135,13 +138,13 @@ def test_requests_go_on_when_a_replica_dies_and_it_starts_again(tmp_path: Path, 
         for number in (0, 1):
             assert figures[f'replica_generated_tokens{{replica="{number}"}}'] > 0
         engine.signal(signal.SIGTERM)
-        assert engine.wait_exit(20) == 0
+        assert engine.wait_exit() == 0
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("role", ["worker-1-0", "manager"])
 def test_a_replica_that_hangs_is_ended_and_its_requests_go_on(tmp_path: Path, role: str) -> None:
-    with replicas(tmp_path) as engine:
+    with replicas(tmp_path, IMPATIENT) as engine:
         former = engine.child(role)
         check_that_all_goes_on(engine, lambda: os.kill(former, signal.SIGSTOP))
         assert f"the {role} has work and has made no progress for" in engine.log
@@ -153,12 +156,12 @@ def test_a_replica_that_hangs_is_ended_and_its_requests_go_on(tmp_path: Path, ro
 
 @pytest.mark.long
 def test_when_all_replicas_hang_they_are_replaced_one_after_the_other(tmp_path: Path) -> None:
-    with replicas(tmp_path) as engine, ThreadPoolExecutor(4) as pool:
+    with replicas(tmp_path, IMPATIENT) as engine, ThreadPoolExecutor(4) as pool:
         expected = stream(engine, 0)
         for role in ("worker", "worker-1-0"):
             os.kill(engine.child(role), signal.SIGSTOP)
         waiting = [pool.submit(stream, engine, 0) for _ in range(4)]
-        eventually(lambda: health(engine)[1].get("status") == "stalled", "all hang", 20)
+        eventually(lambda: health(engine)[1].get("status") == "stalled", "all hang")
         eventually(lambda: all_are_well(engine), "both are back", 90)
         for each in waiting:  # moved once, or ended twice where it was
             error = each.exception(60)
@@ -173,11 +176,11 @@ def test_when_all_replicas_hang_they_are_replaced_one_after_the_other(tmp_path: 
 def test_the_engine_ends_with_its_last_replica(tmp_path: Path) -> None:
     with replicas(tmp_path, "replica_restarts=0") as engine:
         os.kill(engine.child("worker"), signal.SIGKILL)
-        eventually(lambda: "1 replica goes on, and it is not" in engine.log, "it is noticed", 20)
+        eventually(lambda: "1 replica goes on, and it is not" in engine.log, "it is noticed")
         assert stream(engine, 0)[1] == 600
         assert health(engine)[1]["replicas"] == {"0": "ended", "1": "ok"}
         os.kill(engine.child("manager-1"), signal.SIGKILL)
-        assert engine.wait_exit(20) == 1
+        assert engine.wait_exit() == 1
         assert "toka: the manager-1 ended: killed by SIGKILL" in engine.log
         assert list(engine.private.iterdir()) == []
 
@@ -188,7 +191,7 @@ def test_requests_wait_while_all_replicas_start_again(tmp_path: Path) -> None:
         expected = stream(engine, 0)
         for role in ("worker", "worker-1-0"):
             os.kill(engine.child(role), signal.SIGKILL)
-        eventually(lambda: health(engine)[1]["status"] == "restarting", "all are gone", 20)
+        eventually(lambda: health(engine)[1]["status"] == "restarting", "all are gone")
         assert health(engine)[0] == 503
         assert stream(engine, 0) == expected
         eventually(lambda: all_are_well(engine), "both are back", 60)
@@ -200,7 +203,7 @@ def test_a_drain_ends_all_replicas(tmp_path: Path) -> None:
         names = ("manager", "worker", "manager-1", "worker-1-0")
         pids = [engine.child(name) for name in names]
         engine.signal(signal.SIGTERM)
-        assert engine.wait_exit(20) == 0
+        assert engine.wait_exit() == 0
         for pid in pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
@@ -210,7 +213,8 @@ def test_a_drain_ends_all_replicas(tmp_path: Path) -> None:
 @pytest.mark.timeout(200)
 def test_a_replica_that_hangs_while_it_starts_again_is_ended(tmp_path: Path) -> None:
     program = (sys.executable, Path(__file__).parents[1] / "engine_variants.py", "impatient")
-    engine = EngineProcess(tmp_path / "toka.log", *FLAGS, "dp_size=2", program=program)
+    flags = (*FLAGS, IMPATIENT, "dp_size=2")
+    engine = EngineProcess(tmp_path / "toka.log", *flags, program=program)
     try:
         engine.wait_ready()
         former = engine.child("worker-1-0")

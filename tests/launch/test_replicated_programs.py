@@ -62,7 +62,7 @@ def workers(supervisor) -> dict[int, int]:
     """The process ids of the workers that the supervisor has now, by replica."""
     return {
         number: member.process.pid
-        for number, replica in supervisor._replicas.items()
+        for number, replica in supervisor._replicas._replicas.items()
         for member in replica.members
         if member.role.kind == "worker"
     }
@@ -86,7 +86,7 @@ def test_two_replicas_generate_what_one_engine_generates(one, two, expected):
 
 def test_work_goes_to_both_replicas(two):
     two.generate(PROMPTS, PARAMS, use_tqdm=False)
-    eventually(lambda: two._engine.step() is None and _all_have_generated(two), "both do", 10)
+    eventually(lambda: two._engine.step() is None and _all_have_generated(two), "both do")
 
 
 def _all_have_generated(llm) -> bool:
@@ -138,7 +138,7 @@ def test_a_replica_that_starts_again_gets_the_newest_weights(two, tmp_path):
     os.kill(workers(two._engine._supervisor)[0], signal.SIGKILL)
     losses = generations.replicas.losses
     before = losses.num_replicas
-    eventually(lambda: two._engine.step() is None and losses.num_replicas > before, "it is gone", 9)
+    eventually(lambda: two._engine.step() is None and losses.num_replicas > before, "it is gone")
     eventually(lambda: two._engine.step() is None and states(generations) == {"ok"}, "", 60)
     # Enough for both.
     again = two.generate(PROMPTS, PARAMS, use_tqdm=False)

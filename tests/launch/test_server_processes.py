@@ -23,7 +23,8 @@ FLAGS = (
     "max_tokens_per_forward=64",
     "kv_cache_num_tokens=16384",
     "cpu_threads=1",
-    "shutdown_timeout_s=30",
+    # A drain that does not end by itself would take longer than any test waits.
+    "shutdown_timeout_s=600",
 )
 BODY = {"prompt": "A B C D", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
 ENDLESS = {**BODY, "max_tokens": 1900, "n": 8}
@@ -67,7 +68,7 @@ def test_all_processes_answer_and_are_counted_as_one_engine(engine):
     assert len({text for _, text in found}) == 1
     for name in ("http-1", "http-2"):
         assert re.search(rf" {name} .*POST {GENERATE}", engine.log), name
-    eventually(lambda: figure(engine, answers) - before[0] == 48, "all are counted", 10)
+    eventually(lambda: figure(engine, answers) - before[0] == 48, "all are counted")
     assert figure(engine, prompts) - before[1] == 48
 
 
@@ -180,7 +181,7 @@ def test_sigterm_drains_all_processes(tmp_path):
         for connection in two:
             status, answer = connection.end()
             assert (status, answer["usage"]["completion_tokens"]) == (200, 1000)
-        assert engine.wait_exit(30) == 0
+        assert engine.wait_exit() == 0
         assert not [line for line in engine.log.splitlines() if "ERROR" in line]
 
 
@@ -198,7 +199,7 @@ def test_the_end_of_the_engine_ends_every_request_with_an_error(tmp_path, role):
             status, answer = connection.end()
             assert status == 503, answer
             assert f"the {role} ended: killed by SIGKILL" in answer["error"]["message"]
-        assert engine.wait_exit(20) == 1
+        assert engine.wait_exit() == 1
 
 
 @pytest.mark.long
@@ -262,7 +263,7 @@ def test_an_engine_without_any_http_process_ends(tmp_path):
     with running(tmp_path, *FLAGS, "server_processes=2", "replica_restarts=0") as engine:
         for name in ("http-1", "http-2"):
             os.kill(engine.child(name), signal.SIGKILL)
-        assert engine.wait_exit(20) == 1
+        assert engine.wait_exit() == 1
         assert "not started again, since replica_restarts=0" in engine.log
 
 
@@ -283,7 +284,7 @@ def test_any_process_shows_and_cancels_the_requests_of_all(engine, two):
         found[:] = snapshot["requests"]
         return bool(found)
 
-    eventually(is_shown, "the request is shown", 20)
+    eventually(is_shown, "the request is shown")
     (shown,) = found
     assert (shown["samples"], shown["priority"]) == (8, 3)
     status, _ = second.ask(f"/v1/engine/requests/{shown['id']}/cancel", {})

@@ -37,14 +37,14 @@ def test_a_process_that_hangs_is_named_until_it_goes_on(watched, role):
         os.kill(pid, signal.SIGSTOP)
         try:
             answer = pool.submit(watched.client(timeout=120).completions.create, **ENDLESS)
-            eventually(lambda: health(watched)[0] == 503, "the stall is noticed", 20)
+            eventually(lambda: health(watched)[0] == 503, "the stall is noticed")
             status, body = health(watched)
             assert (status, body["status"], body["stalled"]) == (503, "stalled", [role])
             assert watched.metrics()["stalled_processes"] == 1
             assert f"the {role} has work and has made no progress for" in watched.log
         finally:
             os.kill(pid, signal.SIGCONT)
-        eventually(lambda: health(watched)[0] == 200, "the stall is over", 20)
+        eventually(lambda: health(watched)[0] == 200, "the stall is over")
         assert answer.result(60).usage.completion_tokens == 600
     assert "stalled" not in health(watched)[1]
     assert f"the {role} makes progress again" in watched.log

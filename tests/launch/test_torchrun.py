@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch.distributed
 from engine_process import EngineProcess, eventually
+from ports import held_port
 
 from tokasaurus import LLM, SamplingParams
 from tokasaurus.config.engine import EngineConfig
@@ -51,33 +52,37 @@ REQUEST = {
     "extra_body": {"ignore_eos": True},
 }
 FP32 = "dtype=float32"
+DRAINS = "shutdown_timeout_s=600"  # by itself: longer than any test waits
 MODULE = "tokasaurus.launch.torchrun"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Where the ranks meet."""
+    with held_port() as held:
+        yield held
 
 
-def torchrun(num_ranks: int) -> tuple[str, ...]:
+def torchrun(num_ranks: int, port: int) -> tuple[str, ...]:
     return (
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"),
-        *("--master-addr=127.0.0.1", f"--master-port={free_port()}", "-m", MODULE),
+        *("--master-addr=127.0.0.1", f"--master-port={port}", "-m", MODULE),
     )
 
 
 class Srun:
     """Ranks as srun starts them: an engine with rank 0, and processes with the others."""
 
-    def __init__(self, directory: Path, world_size: int, *flags: str) -> None:
+    def __init__(self, directory: Path, port: int, world_size: int, *flags: str) -> None:
         self._variables = {
             "SLURM_NTASKS": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_PORT": str(port),
         }
         self.engine = EngineProcess(
             directory / "toka.log",
             *FLAGS,
+            DRAINS,
             *flags,
             program=("env", *self._words(0), sys.executable, "-m", MODULE),
         )
@@ -86,7 +91,16 @@ class Srun:
             with (directory / f"rank-{rank}.log").open("wb") as log:
                 self.others.append(
                     subprocess.Popen(
-                        ["env", *self._words(rank), sys.executable, "-m", MODULE, *FLAGS, *flags],
+                        [
+                            "env",
+                            *self._words(rank),
+                            sys.executable,
+                            "-m",
+                            MODULE,
+                            *FLAGS,
+                            DRAINS,
+                            *flags,
+                        ],
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         env={**os.environ, "TMPDIR": str(self.engine.private)},
@@ -105,8 +119,8 @@ class Srun:
 
 
 @pytest.fixture
-def srun(tmp_path: Path) -> Iterator[Srun]:
-    ranks = Srun(tmp_path, 2, "dp_size=2")
+def srun(tmp_path: Path, port: int) -> Iterator[Srun]:
+    ranks = Srun(tmp_path, port, 2, "dp_size=2")
     try:
         ranks.engine.wait_ready()
         yield ranks
@@ -145,9 +159,9 @@ def of_one_device() -> str:
         pytest.param(("pp_size=2", "tp_size=2"), marks=pytest.mark.long),
     ],
 )
-def test_torchrun_starts_an_engine_that_serves_and_drains(tmp_path, sizes):
-    program = torchrun(2 ** len(sizes))
-    engine = EngineProcess(tmp_path / "toka.log", *FLAGS, FP32, *sizes, program=program)
+def test_torchrun_starts_an_engine_that_serves_and_drains(tmp_path, port, sizes):
+    program = torchrun(2 ** len(sizes), port)
+    engine = EngineProcess(tmp_path / "toka.log", *FLAGS, DRAINS, FP32, *sizes, program=program)
     try:
         engine.wait_ready()
         assert stream(engine) == of_one_device()
@@ -155,7 +169,7 @@ def test_torchrun_starts_an_engine_that_serves_and_drains(tmp_path, sizes):
         assert all(answer(engine, 2))
         pids = [engine.child(role) for role in ("server", "manager", "worker")]
         os.kill(pids[0], signal.SIGTERM)
-        assert engine.wait_exit(30) == 0
+        assert engine.wait_exit() == 0
         for pid in pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
@@ -188,7 +202,7 @@ def test_the_loss_of_a_rank_loses_no_request(srun):
     eventually(lambda: gone in engine.log, gone)
     assert engine.get("/health")[0] == 200
     engine.signal(signal.SIGTERM)
-    assert engine.wait_exit(30) == 0
+    assert engine.wait_exit() == 0
 
 
 @pytest.mark.engine
@@ -216,15 +230,15 @@ def test_a_process_that_dies_at_another_rank_is_started_again_there(srun, tmp_pa
     srun.others[0].send_signal(signal.SIGTERM)
     assert answer(engine, 1)
     engine.signal(signal.SIGTERM)
-    assert engine.wait_exit(30) == 0
-    assert srun.others[0].wait(20) == 0
+    assert engine.wait_exit() == 0
+    assert srun.others[0].wait(60) == 0
 
 
 @pytest.mark.engine
 @pytest.mark.processes
 @pytest.mark.long
-def test_workers_that_share_layers_at_different_ranks_are_started_again_together(tmp_path):
-    srun = Srun(tmp_path, 4, "dp_size=2", "tp_size=2", FP32)
+def test_workers_that_share_layers_at_different_ranks_are_started_again_together(tmp_path, port):
+    srun = Srun(tmp_path, port, 4, "dp_size=2", "tp_size=2", FP32)
     engine = srun.engine
     try:
         engine.wait_ready()
@@ -246,8 +260,8 @@ def test_workers_that_share_layers_at_different_ranks_are_started_again_together
         with ThreadPoolExecutor(8) as pool:
             assert set(pool.map(lambda _: stream(engine), range(8))) == {of_one_device()}
         engine.signal(signal.SIGTERM)
-        assert engine.wait_exit(30) == 0
-        assert [each.wait(20) for each in srun.others] == [0, 0, 0]
+        assert engine.wait_exit() == 0
+        assert [each.wait(60) for each in srun.others] == [0, 0, 0]
     finally:
         srun.stop()
 
@@ -257,9 +271,9 @@ def test_workers_that_share_layers_at_different_ranks_are_started_again_together
 @pytest.mark.long
 def test_the_end_of_rank_0_ends_the_others(srun):
     srun.engine.process.kill()
-    assert srun.others[0].wait(20) == 1
+    assert srun.others[0].wait(60) == 1
     child = srun.engine.child("worker")
-    eventually(lambda: not alive(child), "the worker of rank 0 ends", 20)
+    eventually(lambda: not alive(child), "the worker of rank 0 ends")
 
 
 def alive(pid: int) -> bool:

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -27,6 +26,7 @@ import pytest
 import yaml
 from documentation import ROOT
 from engine_process import EngineProcess, eventually
+from ports import held_port
 
 pytestmark = pytest.mark.prometheus
 
@@ -46,21 +46,16 @@ def alerts() -> dict[str, str]:
     return {rule["alert"]: rule["expr"] for rule in group["rules"]}
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 class Prometheus:
     """A server of its own, with the configuration of deploy/ but for names and times.
 
     Args:
         directory: for its files.
         target: HOST:PORT that it scrapes each second.
+        port: its own.
     """
 
-    def __init__(self, directory: Path, target: str) -> None:
+    def __init__(self, directory: Path, target: str, port: int) -> None:
         program = os.environ.get("PROMETHEUS") or shutil.which("prometheus")
         assert program, "no Prometheus: apt-get install prometheus, or set PROMETHEUS"
         (directory / "key").write_text(KEY)
@@ -71,7 +66,7 @@ class Prometheus:
         job["authorization"]["credentials_file"] = str(directory / "key")
         job["static_configs"] = [{"targets": [target]}]
         (directory / "prometheus.yaml").write_text(yaml.safe_dump(config))
-        self._port = free_port()
+        self._port = port
         self._log = directory / "prometheus.log"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -114,26 +109,27 @@ class Prometheus:
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """It has scraped an engine of two replicas whose queue and KV cache were full."""
     directory = tmp_path_factory.mktemp("prometheus")
-    port = free_port()
-    small = ("max_tokens_per_forward=64", "max_seqs_per_forward=8", "kv_cache_num_tokens=512")
-    flags = ("dp_size=2", "max_queued_requests=8", f"api_key={KEY}", *small)
-    engine = EngineProcess(directory / "toka.log", *flags, port=port)
-    scraping = None
-    try:
-        client = openai.OpenAI(api_key=KEY, base_url=f"{engine.url}/v1", max_retries=0)
-        eventually(lambda: engine.get("/ping")[0] == 200, "the server listens")
-        # The engine refuses this while it loads, and Prometheus sees the series from its beginning.
-        with pytest.raises(openai.InternalServerError):
-            ask(client)
-        scraping = Prometheus(directory, f"127.0.0.1:{port}")
-        engine.wait_ready()
-        eventually(scraping.is_up, "Prometheus scrapes the engine")
-        load(client)
-        yield scraping
-    finally:
-        if scraping is not None:
-            scraping.stop()
-        engine.stop()
+    with held_port() as port, held_port() as own_port:
+        small = ("max_tokens_per_forward=64", "max_seqs_per_forward=8", "kv_cache_num_tokens=512")
+        flags = ("dp_size=2", "max_queued_requests=8", f"api_key={KEY}", *small)
+        engine = EngineProcess(directory / "toka.log", *flags, port=port)
+        scraping = None
+        try:
+            client = openai.OpenAI(api_key=KEY, base_url=f"{engine.url}/v1", max_retries=0)
+            eventually(lambda: engine.get("/ping")[0] == 200, "the server listens")
+            # The engine refuses this while it loads, and Prometheus sees the series from its
+            # beginning.
+            with pytest.raises(openai.InternalServerError):
+                ask(client)
+            scraping = Prometheus(directory, f"127.0.0.1:{port}", own_port)
+            engine.wait_ready()
+            eventually(scraping.is_up, "Prometheus scrapes the engine")
+            load(client)
+            yield scraping
+        finally:
+            if scraping is not None:
+                scraping.stop()
+            engine.stop()
 
 
 def ask(client: openai.OpenAI) -> None:

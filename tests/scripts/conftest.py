@@ -8,6 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler
 
 import pytest
+from ports import held_port
 from quiet_server import QuietServer
 
 
@@ -102,6 +103,5 @@ def engine():
 @pytest.fixture
 def closed_port():
     """A port that nothing listens on."""
-    server = FakeEngine()
-    server.server_close()
-    return server.port
+    with held_port() as port:
+        yield port

@@ -1,5 +1,8 @@
 """What every installed command answers, whatever else it does."""
 
+import os
+import subprocess
+import sys
 from importlib.metadata import distribution
 
 import pytest
@@ -7,6 +10,7 @@ from rows import each_row
 
 from tokasaurus import __version__
 from tokasaurus.config.parser import answer_question
+from tokasaurus.config.pipes import ends_with_its_reader
 
 COMMANDS = [
     entry for entry in distribution("tokasaurus").entry_points if entry.group == "console_scripts"
@@ -49,3 +53,23 @@ def test_only_a_single_help_asks_for_help(words):
         raise AssertionError("printed the help")
 
     assert not answer_question(words, fail)
+
+
+def test_a_program_whose_output_nobody_reads_ends_quietly():
+    for arguments in (("tokasaurus.entry", "--show"), ("tokasaurus.bench.main", "--help")):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments], stdout=writer, stderr=subprocess.PIPE, text=True
+        )
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (141, ""), arguments
+
+
+def test_a_broken_pipe_elsewhere_is_an_error(capfd):
+    @ends_with_its_reader
+    def main():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        main()

@@ -159,6 +159,19 @@ def test_a_model_from_toka_download_is_found_offline(hub, python):
     assert offline.stdout == done.stdout, offline.stderr
 
 
+@pytest.mark.engine
+def test_pytest_downloads_the_model_that_the_environment_names(hub, python):
+    tests = ("-m", "pytest", "--collect-only", "-p", "no:cacheprovider", "tests/test_basic.py")
+    done = python(*tests, MODEL="org/tiny", HF_ENDPOINT=hub.url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    hub.failing = True
+    offline = python(*FIND, "org/tiny", HF_HUB_OFFLINE="1", HF_ENDPOINT=hub.url)
+    assert names_in(Path(offline.stdout.strip())) == READ, offline.stderr
+    unknown = python(*tests, MODEL="org/unknown", HF_HUB_OFFLINE="1")
+    assert unknown.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "MODEL: model=org/unknown: no such directory" in unknown.stderr
+
+
 @pytest.mark.parametrize(
     ("model", "environment", "words"),
     [

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 
@@ -15,6 +14,7 @@ import openai
 import pytest
 from engine_process import eventually
 from machine import Machine
+from ports import held_port
 
 pytestmark = pytest.mark.systemd
 
@@ -45,14 +45,12 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 @pytest.fixture
 def client(machine: Machine) -> Iterator[openai.OpenAI]:
     """Of an engine that systemd has just started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    configure(machine, port=port)
-    machine.systemctl("start", "tokasaurus")
-    yield openai.OpenAI(api_key=KEY, base_url=f"http://127.0.0.1:{port}/v1", max_retries=0)
-    machine.run("systemctl", "stop", "tokasaurus")
-    machine.run("systemctl", "reset-failed", "tokasaurus")
+    with held_port() as port:
+        configure(machine, port=port)
+        machine.systemctl("start", "tokasaurus")
+        yield openai.OpenAI(api_key=KEY, base_url=f"http://127.0.0.1:{port}/v1", max_retries=0)
+        machine.run("systemctl", "stop", "tokasaurus")
+        machine.run("systemctl", "reset-failed", "tokasaurus")
 
 
 def configure(machine: Machine, **flags: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from engine_process import eventually
 
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.planner.demand import demand_of_shape
@@ -28,39 +29,46 @@ def task(shape, repetitions=2, **flags):
     return Task(None, {**SMALL, **flags}, trace, 512, repetitions)
 
 
-def trials_of(owner):
-    """Processes of trials whose parent is, or was, another process."""
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (directory / "cmdline").read_bytes().split(b"\0")
-            parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if b"tokasaurus.tuning.trial" in words and parent in (owner, 1):
-            found.append(int(directory.name))
-    return found
+@pytest.fixture
+def trials(monkeypatch):
+    """Finds the processes of trials that this test, or a process of it, has begun."""
+    mark = f"TOKA_TEST={secrets.token_hex(8)}"
+    monkeypatch.setenv(*mark.split("="))
+
+    def find():
+        found = []
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (directory / "cmdline").read_bytes().split(b"\0")
+                variables = (directory / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"tokasaurus.tuning.trial" in words and mark.encode() in variables:
+                found.append(int(directory.name))
+        return found
+
+    return find
 
 
 @pytest.mark.engine
 @pytest.mark.processes
-def test_a_trial_generates_what_the_workload_asks_and_its_process_ends():
+def test_a_trial_generates_what_the_workload_asks_and_its_process_ends(trials):
     measured = run_trial(task(SHAPE), ready_s=120, run_s=120)
     assert measured.problem == ""
     assert measured.tokens == demand_of_shape(SHAPE).num_output_tokens
     assert len(measured.seconds) == 2
     assert 0 <= measured.other_work <= 1
     assert measured.tokens_per_s == measured.tokens / min(measured.seconds)
-    assert trials_of(os.getpid()) == []
+    assert trials() == []
 
 
 @pytest.mark.engine
 @pytest.mark.processes
-def test_a_trial_that_takes_too_long_is_ended():
+def test_a_trial_that_takes_too_long_is_ended(trials):
     measured = run_trial(task(ENDLESS), ready_s=120, run_s=0.5)
     assert (measured.is_late, measured.problem) == (True, "had not run the workload after 0 s")
     assert measured.seconds == ()
-    assert trials_of(os.getpid()) == []
+    assert trials() == []
 
 
 def test_the_cpu_time_of_a_session_has_that_of_other_processes_in_it():
@@ -87,7 +95,7 @@ def test_flags_that_no_engine_takes_are_the_problem_of_a_trial():
 
 @pytest.mark.engine
 @pytest.mark.processes
-def test_a_trial_ends_with_its_owner():
+def test_a_trial_ends_with_its_owner(trials):
     program = f"""
         from tokasaurus.planner.demand import demand_of_shape
         from tokasaurus.tuning.trial import Task
@@ -96,21 +104,20 @@ def test_a_trial_ends_with_its_owner():
         run_trial(Task(None, {SMALL!r}, trace, 512, 1), 120, 120)
     """
     owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)])
-    until = time.monotonic() + 60
-    while not (trials := trials_of(owner.pid)):
-        assert time.monotonic() < until
+
+    def has_begun():
         assert owner.poll() is None
-        time.sleep(0.05)
+        return trials()
+
+    eventually(has_begun, "the trial begins")
     time.sleep(1)  # it imports, or loads the model
     owner.kill()
     owner.wait()
-    while any(Path(f"/proc/{trial}").exists() for trial in trials):
-        assert time.monotonic() < until, "the trial goes on"
-        time.sleep(0.1)
+    eventually(lambda: not trials(), "the trial ends")
 
 
 @pytest.mark.long
-def test_toka_tune_is_stopped_goes_on_and_writes_a_file(tmp_path):
+def test_toka_tune_is_stopped_goes_on_and_writes_a_file(trials, tmp_path):
     words = ["tune", "workload=prompt=16,output=8,n=4,requests=40", "run_s=0.5", "max_s=60"]
     command = [sys.executable, "-m", "tokasaurus.entry", *words, "repetitions=1", "dp_size=1"]
     first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -121,7 +128,7 @@ def test_toka_tune_is_stopped_goes_on_and_writes_a_file(tmp_path):
     rest = first.stderr.read()
     assert first.wait() == 130
     assert "stopped; the same command goes on from here" in rest
-    assert trials_of(first.pid) == []
+    assert trials() == []
     assert not (tmp_path / "tuned.yaml").exists()
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -133,4 +140,4 @@ def test_toka_tune_is_stopped_goes_on_and_writes_a_file(tmp_path):
     config = EngineConfig.from_flags(config=str(tmp_path / "tuned.yaml"))
     assert config.dp_size == 1
     assert yaml.safe_load(text)["device"] == "cpu"
-    assert trials_of(os.getpid()) == []
+    assert trials() == []

@@ -12,6 +12,9 @@ at no cost. The clients share the cores with them; only the server is measured::
                        come while it is busy share an event
     paced streams      the cost of an event: the device is slow, so each token has its own event
 
+With ``traces=T`` each request is traced. What a trace costs is the difference to a run without; the
+collector is in the process of the clients.
+
 With several server processes, the sum over all of them counts, that of the process behind them
 stands beside it, and the share of the busiest HTTP process shows how evenly connections spread.
 """
@@ -29,10 +32,13 @@ from tokasaurus.bench.engine import SimulatedService
 from tokasaurus.bench.flags import counts
 from tokasaurus.bench.http_load import Load, run_load
 from tokasaurus.bench.output import print_json, progress, table
+from tokasaurus.bench.span_sink import span_sink
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.demo import MODEL_DIR
+from tokasaurus.errors import ConfigError
 from tokasaurus.model.facts import model_facts
+from tokasaurus.observability.tracing import is_installed
 from tokasaurus.planner.configuration import simulated_slices
 
 __all__ = ["SCHEMA", "ServerBenchConfig", "run"]
@@ -61,6 +67,9 @@ class ServerBenchConfig:
         ("1",),
         help="Numbers of server processes, such as 1,2; each is measured in turn.",
     )
+    traces: bool = flag(
+        False, help="Trace each request, and send the traces to a collector that drops them."
+    )
     step_ms: float = flag(10.0, minimum=0, help="How long a step takes, for paced streams.")
     quick: bool = flag(False, help="Measure roughly: one short window.")
 
@@ -81,6 +90,7 @@ SCHEMA = Schema(
         "toka-bench server",
         "toka-bench server endpoint=chat",
         "toka-bench server server_processes=1,2",
+        "toka-bench server traces=T",
         "toka-bench server quick=T",
     ),
 )
@@ -88,12 +98,16 @@ SCHEMA = Schema(
 
 def run(config: ServerBenchConfig) -> None:
     """Measures and prints the results."""
+    if config.traces and not is_installed():
+        raise ConfigError("traces=T needs OpenTelemetry: pip install 'tokasaurus[otlp]'")
     turns = [loop_turn_ns()]
-    results = [_result(config, number) for number in config.numbers]
+    with span_sink() if config.traces else contextlib.nullcontext() as endpoint:
+        results = [_result(config, number, endpoint) for number in config.numbers]
     turns.append(loop_turn_ns())
     loads = {"small requests": "request", f"requests with n={_SAMPLES}": "generated token"}
     loads.update({"streams": "streamed token", "paced streams": "event"})
-    print(f"\nCPU time of the server, {config.endpoint}\n")
+    traced = ", each request traced" if config.traces else ""
+    print(f"\nCPU time of the server, {config.endpoint}{traced}\n")
     heads = ("load", "processes", "us in all", "behind them", "of the busiest", "of each", "per s")
     rows = [
         (
@@ -117,6 +131,7 @@ def run(config: ServerBenchConfig) -> None:
             {
                 "endpoint": config.endpoint,
                 "server_processes": result.number,
+                "traces": config.traces,
                 "us_per_small_request": round(request.total_us, 1),
                 "us_per_generated_token": round(generated.total_us, 3),
                 "us_per_streamed_token": round(streamed.total_us, 2),
@@ -160,21 +175,21 @@ class _Result:
     costs: tuple[_Cost, _Cost, _Cost, _Cost]
 
 
-def _result(config: ServerBenchConfig, number: int) -> _Result:
+def _result(config: ServerBenchConfig, number: int, otlp_endpoint: str | None) -> _Result:
     num_small, num_large, num_streams = (64, 1, 8) if config.quick else (2000, 8, 256)
     windows = 1 if config.quick else config.windows
     small = _load(config, num_small, max_tokens=_SMALL_TOKENS)
     body = {**_body(config), "max_tokens": _SAMPLE_TOKENS, "n": _SAMPLES}
     samples = Load(_path(config), body, num_requests=num_large, num_clients=1)
     streams = _load(config, num_streams, max_tokens=_STREAM_TOKENS, stream=True)
-    with _service(config, "instant", number) as service:
+    with _service(config, "instant", number, otlp_endpoint) as service:
         progress(f"{num_small} small requests ...")
         small_cost = _median(windows, service, small)
         progress(f"{num_large} requests of {_SAMPLES} samples ...")
         samples_cost = _median(windows, service, samples)
         progress(f"{num_streams} streams of {_STREAM_TOKENS} tokens ...")
         streams_cost = _median(windows, service, streams)
-    with _service(config, f"fixed:{config.step_ms / 1e3}", number) as service:
+    with _service(config, f"fixed:{config.step_ms / 1e3}", number, otlp_endpoint) as service:
         progress(
             f"{num_streams} streams of {_STREAM_TOKENS} tokens, {config.step_ms:g} ms each ..."
         )
@@ -191,7 +206,9 @@ def _result(config: ServerBenchConfig, number: int) -> _Result:
 
 
 @contextlib.contextmanager
-def _service(config: ServerBenchConfig, cost: str, number: int) -> Iterator[SimulatedService]:
+def _service(
+    config: ServerBenchConfig, cost: str, number: int, otlp_endpoint: str | None
+) -> Iterator[SimulatedService]:
     """Runs a server, warm, with a device of the given cost."""
     flags = EngineConfig(
         model=str(MODEL_DIR),
@@ -200,6 +217,7 @@ def _service(config: ServerBenchConfig, cost: str, number: int) -> Iterator[Simu
         log_level="WARNING",
         uvicorn_log_level="warning",
         server_processes=number,
+        otlp_endpoint=otlp_endpoint,
     )
     facts = model_facts(str(MODEL_DIR), None)
     slices, plan = simulated_slices(flags, facts), DevicePlan(cost, vocab_size=facts.vocab_size)

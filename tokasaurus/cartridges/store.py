@@ -40,6 +40,7 @@ from tokasaurus.cartridges.sources.source import (
 from tokasaurus.cartridges.sources.transfer import Http, PieceWriter
 from tokasaurus.cartridges.sources.wandb import WandbSource
 from tokasaurus.cartridges.specification import CartridgeSpec, StoredCartridge
+from tokasaurus.config.memory import amount
 from tokasaurus.config.slices import CartridgeConfig
 from tokasaurus.errors import NotFound, RequestError
 
@@ -322,12 +323,12 @@ class CartridgeStore:
                 self._committed_looks[key] = look
             await asyncio.to_thread(self._index.commit, record, target, is_named=is_latest)
         log.info(
-            "cartridge %s of source %s: version %s, %d tokens, %.1f MB, ready after %.1f s",
+            "cartridge %s of source %s: version %s, %d tokens, %s, ready after %.1f s",
             errors.shown,
             errors.source,
             record.metadata.digest[:12],
             record.metadata.num_tokens,
-            record.num_bytes / 1e6,
+            amount(record.num_bytes),
             time.monotonic() - began,
         )
         return record

@@ -37,7 +37,7 @@ _BY_NAME: Mapping[str, Foreign] = {
     "api_server_count": Foreign("server_processes"),
     "attention_backend": Foreign("attention", "auto, compiled, flashinfer, triton or reference"),
     "base_gpu_id": Foreign(None, _VISIBLE),
-    "batch_size": Foreign("max_seqs_per_forward", _RUNNING),
+    "batch_size": Foreign("max_tokens_per_forward", _STEP),
     "block_size": Foreign("page_size", "tokens in a page"),
     "cache_type_k": Foreign("kv_cache_dtype", "one for keys and values"),
     "cache_type_v": Foreign("kv_cache_dtype", "one for keys and values"),

@@ -21,6 +21,7 @@ from tokasaurus.batch.sharded import ShardedJob
 from tokasaurus.batch.shards import names_several, read_part
 from tokasaurus.config.engine import ENGINE
 from tokasaurus.config.parser import answer_question, parse, print_help
+from tokasaurus.config.pipes import ends_with_its_reader
 from tokasaurus.config.schema import Schema
 from tokasaurus.errors import ConfigError, LaunchError, ModelError
 from tokasaurus.launch.batch_config import BatchRunConfig
@@ -69,6 +70,7 @@ _QUIET = "log_level=WARNING"  # unless the command line sets it
 _REFRESH_S = 0.5
 
 
+@ends_with_its_reader
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
@@ -111,6 +113,11 @@ def _run(words: list[str], environment: Mapping[str, str]) -> int:
         from tokasaurus.integrations.ray.batches import run_directory
 
         return run_directory(config.engine, source, target, config.prices)
+    if urls:
+        raise ConfigError(
+            f"{target} is a URL, where only the answers to a directory can go; put {source} into a"
+            " directory, or name a local file for the answers"
+        )
     # Its lines compete with one another only.
     slices, launcher = placed(dataclasses.replace(config, max_request_priority=MAX_PRIORITY))
     model = slices.server.model_name

@@ -83,7 +83,8 @@ class StoreKeeping:
                 await asyncio.sleep(_RETRY_S)
         await self.runner.start()
         self.place.arrived()
-        log.info("files and batches are here")
+        assert self._succession is not None
+        log.info("engine %d has the files and batches now", self._succession.number)
 
     async def stop(self) -> None:
         """Stops batches at once. They go on at the next start."""
@@ -109,7 +110,9 @@ class StoreKeeping:
         await self.runner.give_up_store()
         assert self._succession is not None
         self.place.left(self._succession.store_socket(successor))
-        log.info("files and batches are left to the next engine")
+        log.info(
+            "engine %d leaves files and batches to engine %d", self._succession.number, successor
+        )
 
     async def passed_on_ended(self) -> None:
         """Returns when no request of another engine is answered here any more."""

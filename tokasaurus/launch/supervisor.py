@@ -8,10 +8,9 @@
           ├─ managers and workers of further replicas
           └─ HTTP processes, if there are several server processes
 
-One thread watches the lifelines; the foreground role has the main thread. When a process of a
-replica dies, the rest of this replica ends, and the replica is started again; meanwhile the server
-goes on with the others. ``Restarts`` says when that has failed too often. An engine with one
-replica ends with it. An HTTP process that ends is started again as well.
+One thread watches the lifelines; the foreground role has the main thread. A replica that loses a
+process is started again, unless it is the only one: then the engine ends. An HTTP process that ends
+is started again as well.
 
 Whatever ends the engine (a signal, an exception, the end of the last replica), it ends in the same
 order: first the server, so that every client gets an answer or an error, then the other processes,
@@ -26,26 +25,22 @@ there is no foreground role, and signals are the program's business.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import queue
 import selectors
 import signal
 import socket
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from tokasaurus.config.slices import EngineSlices
-from tokasaurus.errors import LaunchError
+from tokasaurus.launch.engine_members import SERVER, EngineMembers
+from tokasaurus.launch.foreground import Foreground
 from tokasaurus.launch.http_members import HTTPMembers
 from tokasaurus.launch.keeping.engine_end import KeeperEnd
 from tokasaurus.launch.keeping.notes import AskStanding, CannotServe, End, Serves, StepDown, Watches
-from tokasaurus.launch.leftovers import own_directory, remove_directory, sweep
 from tokasaurus.launch.lifeline import (
     AskRetire,
     Assignment,
@@ -56,22 +51,18 @@ from tokasaurus.launch.lifeline import (
     Joined,
     Left,
     Lifeline,
-    Lost,
     MayRetire,
     Ready,
     Replace,
-    Restored,
     Retire,
     Serving,
-    Start,
     Stop,
-    Succession,
     ToProcess,
 )
-from tokasaurus.launch.members import Member, ReplicaProcesses
-from tokasaurus.launch.processes import Launcher, LocalLauncher, spawn
-from tokasaurus.launch.restarts import Restarts
-from tokasaurus.launch.roles import Front, roles_of, run_role
+from tokasaurus.launch.members import Member
+from tokasaurus.launch.processes import Launcher, LocalLauncher
+from tokasaurus.launch.replica_members import ReplicaMembers
+from tokasaurus.launch.roles import Front, roles_of
 from tokasaurus.launch.timeline import begin_file
 from tokasaurus.protocol.role import Role
 
@@ -79,14 +70,8 @@ __all__ = ["Supervisor"]
 
 log = logging.getLogger(__name__)
 
-_INTERRUPT_EVERY_S = 0.1
 # Time for the server to answer its clients after a death, and for the others to exit.
 _FLUSH_S = 5.0
-# A replica that is started again may take this many times as long as the longest first start, which
-# loaded the same model on the same machine. It may share the machine with work now.
-_START_FACTOR = 5.0
-_MIN_START_S = 60.0
-_SERVER = Role("server")
 
 # Why the watching thread wakes up.
 _STOP = b"s"
@@ -95,7 +80,7 @@ _USR2 = b"u"
 
 
 class Supervisor:
-    """Owns every process, socket and file of one engine.
+    """Watches the processes of one engine, and decides when it ends.
 
     Args:
         slices: the resolved configuration.
@@ -115,40 +100,27 @@ class Supervisor:
     ) -> None:
         self._slices = slices
         self._keeper = keeper
-        self._listener = listener
         self._front = front
-        self._launcher = launcher or LocalLauncher()
-        # Without HTTP the text core is in this process.
-        self._local_role = _SERVER if listener is None else Role(slices.local_proc_name)
-        sweep()
-        self._directory, self._owner = own_directory()
-        self._members: set[Member] = set()  # that live, dismissed ones too
-        self._all: list[Member] = []
-        self._server: Member | None = None
-        self._replicas = {  # that go on, or will after a start
-            number: ReplicaProcesses(number, self._directory)
-            for number in range(len(slices.replicas))
-        }
-        self._restarts = Restarts(slices.replica_restarts)
-        # The server answers clients itself if it is the only server process.
-        self._has_http = listener is not None and slices.server_processes > 1
-        self._http = HTTPMembers(
-            slices.server_processes if self._has_http else 0, slices.replica_restarts
+        self._selector = selectors.DefaultSelector()
+        self._wake_watcher, self._wake_sender = socket.socketpair()
+        succession = None if keeper is None else keeper.succession
+        members = self._members = EngineMembers(
+            slices, listener, launcher or LocalLauncher(), succession, self._selector
         )
-        self._first_start_s = 0.0  # the longest, of any replica
+        self._replicas = ReplicaMembers(
+            slices, members, wake=lambda: self._wake_sender.send(_PLACED)
+        )
+        has_http = listener is not None and slices.server_processes > 1
+        self._http = HTTPMembers(
+            slices.server_processes if has_http else 0, slices.replica_restarts
+        )
         self._has_begun = False  # the server was told to start
         # Why the engine ends; None if it was asked to.
         self._failure: Failed | None = None
-        self._failed_role = _SERVER
+        self._failed_role = SERVER
         self._stopping = False
         self._is_retiring = False  # it is stopping, since another engine serves
         self._owns_process = False  # this is toka, which ends with the engine
-        self._interrupting = False  # the next SIGINT comes from here, to end the foreground role
-        self._foreground_ended = threading.Event()
-        self._wake_watcher, self._wake_sender = socket.socketpair()
-        self._selector = selectors.DefaultSelector()
-        # Replicas that have places for another start, and why not if they have none.
-        self._placed: queue.SimpleQueue[tuple[int, LaunchError | None]] = queue.SimpleQueue()
         self._watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._deadline: float | None = None
 
@@ -160,24 +132,14 @@ class Supervisor:
         """
         self._owns_process = True
         assignment, lifeline = self._spawn_all()
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
-        self._watcher.start()
+        foreground = Foreground(self._on_signal)
         try:
-            with contextlib.suppress(KeyboardInterrupt):
-                run_role(
-                    assignment,
-                    lifeline,
-                    interrupt=self._interrupt_foreground,
-                    front=self._front,
-                )
-            self._foreground_ended.set()
-            lifeline.close()
-            self._watcher.join()
+            with foreground.handling_signals():
+                self._watcher.start()
+                foreground.run(assignment, lifeline, self._front)
+                self._watcher.join()
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            self._clean_up()
+            self._members.end_all()
         if self._failure is not None:
             self._report_failure(self._failure)
             return 1
@@ -202,7 +164,7 @@ class Supervisor:
         lifeline.send(Done())
         lifeline.close()
         self._watcher.join()
-        self._clean_up()
+        self._members.end_all()
 
     def pid(self, role: Role) -> int:
         """The process id of a role that lives in a process of its own on this machine.
@@ -210,11 +172,7 @@ class Supervisor:
         Raises:
             LaunchError: there is none.
         """
-        for member in list(self._members):
-            process = member.process
-            if member.role == role and process is not None and process.pid is not None:
-                return process.pid
-        raise LaunchError(f"the {role} has no process on this machine")
+        return self._members.pid(role)
 
     @property
     def failure(self) -> Failed | None:
@@ -235,133 +193,66 @@ class Supervisor:
         try:
             self._launch_all(ours)
         except BaseException:  # none of those that have started is left behind
-            self._clean_up()
+            self._members.end_all()
             raise
-        return self._assignment(self._local_role), theirs
+        members = self._members
+        return members.assignment(members.local_role, members.directory), theirs
 
     def _launch_all(self, local_lifeline: Lifeline) -> None:
-        roles = roles_of(self._slices)
-        self._launcher.prepare(roles)
+        members, roles = self._members, roles_of(self._slices)
+        members.launcher.prepare(roles)
         for role in roles:
-            if role == self._local_role:
-                self._adopt(Member(role, local_lifeline))
+            if role == members.local_role:
+                member = members.adopt_local(local_lifeline)
+                if role != SERVER:
+                    self._replicas.adopt(member)
+            elif role == SERVER:
+                members.launch(role, members.directory)
             else:
-                self._launch(role)
+                self._replicas.launch(role)
         for role in self._http.first_roles():
             self._launch_http(role)
-        for replica in self._replicas.values():
-            replica.num_starts, replica.started_at = 1, time.monotonic()
-
-    def _assignment(self, role: Role) -> Assignment:
-        doors = self._launcher.doors_of(role)
-        if role != _SERVER:
-            directory = self._replicas[role.replica].directory
-            return Assignment(role, directory, self._slices, doors=doors)
-        listens = self._listener is not None and not self._has_http
-        fd = self._listener.fileno() if self._listener is not None and listens else None
-        return Assignment(role, self._directory, self._slices, fd, self._succession, doors)
-
-    @property
-    def _succession(self) -> Succession | None:
-        return None if self._keeper is None else self._keeper.succession
-
-    def _launch(self, role: Role) -> None:
-        process, lifeline = self._launcher.launch(self._assignment(role))
-        self._adopt(Member(role, lifeline, process, self._launcher.where(role)))
+        self._replicas.note_started()
 
     def _launch_http(self, role: Role) -> None:
-        """Starts an HTTP process, which is always beside the server."""
-        assert self._listener is not None
-        fd = self._listener.fileno()
-        assignment = Assignment(role, self._directory, self._slices, fd, self._succession)
-        process, lifeline = spawn(assignment)
-        self._adopt(Member(role, lifeline, process))
-
-    def _adopt(self, member: Member) -> None:
-        self._members.add(member)
-        self._all.append(member)
-        if member.role == _SERVER:
-            self._server = member
-        elif member.role.kind == "http":
-            self._http.living.add(member)
-            self._tell_server(Joined(member.role.replica))
-        else:
-            self._replicas[member.role.replica].members.append(member)
-        self._selector.register(member.lifeline, selectors.EVENT_READ, member)
+        self._http.living.add(self._members.launch_beside(role))
+        self._members.tell_server(Joined(role.replica))
 
     # --- signals, in the main thread --------------------------------------------------------------
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupting:
-            if not self._foreground_ended.is_set():
-                raise KeyboardInterrupt
-        elif self._keeper is None:  # otherwise it says what to do
+    def _on_signal(self, number: int) -> None:
+        if self._keeper is None:  # otherwise it says what to do
             self._wake_sender.send(_USR2 if number == signal.SIGUSR2 else _STOP)
-
-    def _interrupt_foreground(self) -> None:
-        """Ends a foreground role that has no event loop; called by its lifeline thread.
-
-        A signal that arrives just before a library makes a blocking call does not end that call, so
-        the signal is repeated until the role has returned.
-        """
-        self._interrupting = True
-        while not self._foreground_ended.is_set():
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            self._foreground_ended.wait(_INTERRUPT_EVERY_S)
 
     # --- watching, in a thread of its own ---------------------------------------------------------
 
     def _watch(self) -> None:
         with self._selector as selector:
-            while self._members:
-                due = [each for each in (self._deadline, self._start_deadline) if each is not None]
-                wait = min(due) - time.monotonic() if due else None
-                events = selector.select(None if wait is None else max(0.0, wait))
+            while self._members.living:
+                due = (self._deadline, self._replicas.start_deadline)
+                wait = min((each for each in due if each is not None), default=None)
+                events = selector.select(
+                    None if wait is None else max(0.0, wait - time.monotonic())
+                )
                 deadline = self._deadline
                 if deadline is not None and not events and time.monotonic() >= deadline:
                     self._kill_all()
                     return
-                self._end_slow_starts()
+                for role, failure in self._replicas.slow_starts():
+                    self._lose(role, failure)
                 for key, _ in events:
                     if key.data is None:
                         self._on_woken()
                     elif isinstance(key.data, KeeperEnd):
                         self._on_keeper(key.data)
-                    elif not self._on_readable(key.data):
-                        selector.unregister(key.fileobj)
-                        self._on_ended(key.data)
-
-    @property
-    def _start_deadline(self) -> float | None:
-        """When the next replica that is started again must be ready; None if none is."""
-        limit_s = self._start_limit_s
-        if limit_s is None:
-            return None
-        starting = [each for each in self._replicas.values() if each.is_started_again]
-        return min((each.started_at + limit_s for each in starting), default=None)
-
-    @property
-    def _start_limit_s(self) -> float | None:
-        """None as long as no replica has shown how long a start takes."""
-        if not self._first_start_s:
-            return None
-        return max(_MIN_START_S, _START_FACTOR * self._first_start_s)
-
-    def _end_slow_starts(self) -> None:
-        """Ends replicas whose second or later start takes too long: a process of them hangs."""
-        now, limit_s = time.monotonic(), self._start_limit_s
-        for replica in list(self._replicas.values()):
-            if limit_s is None or not replica.is_started_again:
-                continue
-            if now >= replica.started_at + limit_s:
-                late = [member for member in replica.members if not member.is_ready]
-                reason = f"the {late[0].role} was not ready {limit_s:.0f} s after its start"
-                self._lose(late[0].role, Failed(reason, ""))
+                    else:
+                        self._on_readable(key.data)
 
     def _on_woken(self) -> None:
         reasons = self._wake_watcher.recv(1024)
-        while not self._placed.empty():
-            self._on_placed(*self._placed.get())
+        if not self._stopping:
+            for role, failure in self._replicas.launch_placed():
+                self._lose(role, failure)
         if _STOP in reasons:
             self._on_stop_requested()
         elif _USR2 in reasons:
@@ -379,9 +270,8 @@ class Supervisor:
             if isinstance(note, End):
                 self._on_stop_requested()
             elif isinstance(note, AskStanding):
-                self._tell_server(AskRetire())
+                self._members.tell_server(AskRetire())
             elif isinstance(note, StepDown) and not self._stopping:
-                log.info("another engine serves; finishing what is in flight")
                 self._is_retiring = True
                 self._stop_server(Retire(note.timeout_s, note.successor), note.timeout_s)
 
@@ -391,18 +281,20 @@ class Supervisor:
             self._kill_all()
             return
         self._is_retiring = False
-        log.info("draining (a second signal stops at once)")
-        if not self._has_begun:
+        if self._has_begun:
+            log.info("draining (a second signal stops at once)")
+        else:
+            log.info("stopping before it was ready")
             self._end_others_at_once()
         self._stop_server(Stop(), self._slices.server.shutdown_timeout_s)
 
-    def _on_readable(self, member: Member) -> bool:
+    def _on_readable(self, member: Member) -> None:
         notes = member.lifeline.receive()
         if notes is None:
-            return False
+            self._on_ended(member)
+            return
         for note in notes:
             self._on_note(member, note)
-        return True
 
     def _on_note(self, member: Member, note: FromProcess | ToProcess) -> None:
         if isinstance(note, Ready):
@@ -412,82 +304,46 @@ class Supervisor:
         elif isinstance(note, Failed):
             member.failure = note
         elif isinstance(note, Replace):
-            replica = self._replicas.get(note.replica)
-            if replica is not None and replica.is_ready:
-                role = replica.members[0].role
+            if self._replicas.is_ready(note.replica):
+                role = Role("manager", note.replica)
                 self._lose(role, Failed(note.reason, "", is_final=not note.again))
         elif self._keeper is not None and isinstance(note, Serving):
             self._keeper.send(Serves())
         elif self._keeper is not None and isinstance(note, MayRetire):
-            self._keeper.tell_standing(self._slices, note, self._worker_ids())
-
-    def _worker_ids(self) -> list[int]:
-        """The process ids of the workers on this machine."""
-        workers = [each for each in self._members if each.role.kind == "worker"]
-        pids = [os.getpid() if each.process is None else each.process.pid for each in workers]
-        return [pid for pid in pids if pid is not None]
+            self._keeper.tell_standing(self._slices, note, self._members.worker_ids())
 
     def _on_ready(self, member: Member, note: Ready) -> None:
         member.is_ready = True
-        if member.role == _SERVER or member.is_dismissed:
+        if member.role == SERVER or member.is_dismissed:
             return
         if member.role.kind == "http":
             self._http.ready(member)
-            self._begin_if_ready()
-            return
-        replica = self._replicas[member.role.replica]
-        if member.role.kind == "worker":
-            member.worker = note.worker
-            for other in replica.members:
-                if other.role.kind == "manager":
-                    other.lifeline.send(note)
-        if replica.is_ready:
-            self._restarts.ready(replica.number)
-            if replica.num_starts == 1:
-                took_s = time.monotonic() - replica.started_at
-                self._first_start_s = max(self._first_start_s, took_s)
-            if self._has_begun:
-                self._tell_restored(replica)
-            self._begin_if_ready()
+        else:
+            self._replicas.note_ready(member, note)
+        self._begin_if_ready()
 
     def _begin_if_ready(self) -> None:
-        """Tells the server to start when each replica is ready or has ended, and one is ready."""
-        replicas = self._replicas.values()
-        ready = [replica for replica in replicas if replica.is_ready]
-        is_first = any(each.num_starts == 1 and each.is_starting for each in replicas)
-        if self._has_begun or is_first or not ready or not self._http.are_ready:
-            return
-        self._has_begun = True
-        workers = {each.number: each.workers for each in ready if each.num_starts == 1}
-        self._tell_server(Start(workers))
-        for replica in ready:
-            if replica.num_starts > 1:
-                self._tell_restored(replica)
+        """Tells the server to start when everything is ready, or has ended."""
+        if not self._has_begun and self._replicas.can_begin and self._http.are_ready:
+            self._has_begun = True
+            self._replicas.begin()
 
-    def _tell_restored(self, replica: ReplicaProcesses) -> None:
-        log.warning("replica %d is ready again", replica.number)
-        doors = self._launcher.server_doors_of(replica.number)
-        self._tell_server(Restored(replica.number, replica.directory, replica.workers, doors))
-
-    def _tell_server(self, note: ToProcess) -> None:
-        if self._server is not None:
-            self._server.lifeline.send(note)
+    # --- the end of a process ---------------------------------------------------------------------
 
     def _on_ended(self, member: Member) -> None:
-        self._members.discard(member)
-        member.lifeline.close()
+        self._members.note_end(member)
         if member.role.kind == "http":
             self._http.living.discard(member)
-            self._tell_server(Left(member.role.replica))
+            self._members.tell_server(Left(member.role.replica))
         if member.is_dismissed:
             member.reap()
             if not self._stopping:
-                self._start_again(member.role.replica)
+                self._replicas.start_again(member.role.replica)
             return
         failure = member.failure
         if failure is None and not (self._stopping and self._is_clean_end(member)):
             failure = Failed(member.how_it_ended, "")
-        if member is self._server:
+        if member.role == SERVER:
             self._fail(member.role, failure)
             self._stop_others()
         elif member.role.kind == "http":
@@ -498,9 +354,15 @@ class Supervisor:
             )
             self._lose(member.role, named, failure)
 
+    def _is_clean_end(self, member: Member) -> bool:
+        """Whether a process may have ended: in a drain, first the server, then the others."""
+        if member.role.kind in ("server", "http"):
+            return member.process is None or member.process.wait() == 0
+        return not self._members.server_lives
+
     def _lose_http(self, member: Member, failure: Failed | None) -> None:
         """Starts an HTTP process again that has ended by itself; the last one ends the engine."""
-        if failure is None or self._stopping or self._server not in self._members:
+        if failure is None or self._stopping or not self._members.server_lives:
             return
         why_not = self._http.why_not_again(member, failure)
         log.error(
@@ -518,111 +380,33 @@ class Supervisor:
             self._fail(member.role, failure)
             self._stop_server(Dead(f"the {member.role} ended: {failure.summary}"), 0.0)
 
-    # --- the end of a replica ---------------------------------------------------------------------
-
     def _lose(self, role: Role, failure: Failed, bare: Failed | None = None) -> None:
-        """Ends a replica that has lost a process, and starts it again; or ends the engine.
+        """Ends the replica of a process, or the engine if nothing is left of it.
 
         Args:
             role: of the process.
             failure: what happened to it; names it.
             bare: the same, without its name.
         """
-        replica = self._replicas.get(role.replica)
-        if replica is None:
+        if self._replicas.lose(role.replica, failure, is_stopping=self._stopping):
+            self._begin_if_ready()
             return
-        why_not = self._why_not_again(replica, failure)
-        is_last = len(self._replicas) == 1 and why_not is not None
-        if is_last or self._server not in self._members:
-            self._fail(role, bare or failure)
-            if self._server in self._members:
-                self._stop_server(Dead(failure.summary), 0.0)
-            return
-        if why_not is not None:
-            del self._replicas[replica.number]
-        log.error(
-            "%s; %s, %s",
-            failure.summary,
-            self._count_others(replica),
-            "and it is started again" if why_not is None else f"and it is not, since {why_not}",
-            extra={"traceback": failure.traceback},
-        )
-        for member in replica.members:
-            member.is_dismissed = True
-            if member in self._members:
-                member.end_at_once()
-        self._tell_server(Lost(replica.number, failure.summary, starts_again=why_not is None))
-        self._begin_if_ready()
-        self._start_again(replica.number)
-
-    def _why_not_again(self, replica: ReplicaProcesses, failure: Failed) -> str | None:
-        """Why a replica is not started again; None if it is."""
-        if len(self._slices.replicas) == 1:
-            return "it is the only one"
-        if self._stopping:
-            return "the engine is shutting down"
-        if failure.is_final:
-            return "it would end in the same way"
-        if any(member.process is None for member in replica.members):
-            return f"its {self._local_role} runs in the foreground"
-        return self._restarts.ended(replica.number)
-
-    def _count_others(self, replica: ReplicaProcesses) -> str:
-        num_ready = sum(each.is_ready for each in self._replicas.values() if each is not replica)
-        return "1 replica goes on" if num_ready == 1 else f"{num_ready} replicas go on"
-
-    def _start_again(self, number: int) -> None:
-        """Finds places for a replica, once its former processes are gone and its devices free."""
-        replica = self._replicas.get(number)
-        if replica is None or self._server not in self._members:
-            return
-        if any(each in self._members or not each.is_dismissed for each in replica.members):
-            return
-        replica.move(self._directory)
-        replica.num_starts += 1
-        roles = [member.role for member in replica.members]
-        replica.members = []
-        self._launcher.prepare_again(roles, partial(self._note_placed, number))
-
-    def _note_placed(self, number: int, problem: LaunchError | None) -> None:
-        """Tells the watching thread; in any thread."""
-        self._placed.put((number, problem))
-        self._wake_sender.send(_PLACED)
-
-    def _on_placed(self, number: int, problem: LaunchError | None) -> None:
-        """Starts a replica that has places again."""
-        replica = self._replicas.get(number)
-        if replica is None or self._stopping:
-            return
-        roles = [role for role in roles_of(self._slices) if self._is_of(role, number)]
-        if problem is not None:
-            self._lose(roles[0], Failed(f"replica {number}: {problem}", "", is_final=True))
-            return
-        replica.started_at = time.monotonic()
-        for role in roles:
-            self._launch(role)
-
-    def _is_of(self, role: Role, replica: int) -> bool:
-        return role != _SERVER and role.replica == replica
+        self._fail(role, bare or failure)
+        if self._members.server_lives:
+            self._stop_server(Dead(failure.summary), 0.0)
 
     def _fail(self, role: Role, failure: Failed | None) -> None:
         """The engine ends because a process has; the first reason counts."""
         if self._failure is None and failure is not None:
             self._failure, self._failed_role = failure, role
 
-    def _is_clean_end(self, member: Member) -> bool:
-        """Whether a process may have ended: in a drain, first the server, then the others."""
-        if member is not self._server and member.role.kind != "http":
-            return self._server not in self._members
-        return member.process is None or member.process.wait() == 0
-
     # --- ending -----------------------------------------------------------------------------------
 
     def _stop_server(self, note: Stop | Dead | Retire, timeout_s: float) -> None:
         self._stopping = True
         self._deadline = time.monotonic() + timeout_s + _FLUSH_S
-        if self._server in self._members:
-            self._tell_server(note)
+        if self._members.server_lives:
+            self._members.tell_server(note)
             for member in self._http.living:
                 member.lifeline.send(note)
         else:
@@ -633,7 +417,7 @@ class Supervisor:
 
         To hear that they should end, they would first have to load what they are loading.
         """
-        for member in self._members - {self._server}:
+        for member in self._members.others:
             member.is_dismissed = True
             member.end_at_once()
 
@@ -641,29 +425,17 @@ class Supervisor:
         self._stopping = True
         self._deadline = time.monotonic() + _FLUSH_S
         why = "it was shut down" if self._failure is None else self._failure.summary
-        for member in self._members:
+        for member in self._members.living:
             is_http = member.role.kind == "http"
             member.lifeline.send(Dead(f"the server ended: {why}") if is_http else Stop())
 
     def _kill_all(self) -> None:
         """Kills all processes. The foreground role can end only with toka itself, which exits."""
-        self._clean_up()
-        if self._owns_process and any(member.process is None for member in self._members):
+        self._members.end_all()
+        if self._owns_process and any(member.process is None for member in self._members.living):
             if self._failure is not None:
                 self._report_failure(self._failure)
             os._exit(1 if self._failure is not None else 130)
-
-    def _clean_up(self) -> None:
-        processes = [member.process for member in self._all if member.process is not None]
-        for process in processes:
-            process.kill()
-        # An outpost that is busy obeys late; its processes count as ended once it is dismissed.
-        self._launcher.close()
-        for process in processes:
-            process.wait()
-        if self._listener is not None:
-            self._listener.close()
-        remove_directory(self._directory, self._owner)
 
     def _report_failure(self, failure: Failed) -> None:
         if self._keeper is not None:

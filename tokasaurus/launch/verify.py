@@ -18,6 +18,7 @@ import openai
 
 from tokasaurus.config.engine import ENGINE, EngineConfig
 from tokasaurus.config.parser import answer_question, parse, print_help
+from tokasaurus.config.pipes import ends_with_its_reader
 from tokasaurus.config.schema import Schema, flag, flags_of
 from tokasaurus.errors import ConfigError, RequestError, TokasaurusError
 from tokasaurus.listing import listing
@@ -104,6 +105,7 @@ class _CannotVerify(Exception):
     """The request cannot be run again; says why."""
 
 
+@ends_with_its_reader
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 

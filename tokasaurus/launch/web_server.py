@@ -116,9 +116,10 @@ def web_server(
         is_inner: its clients are HTTP processes of this engine.
         num_accepted: connections that it accepts at once; others may be accepted elsewhere.
     """
-    level = config.uvicorn_log_level.upper()
-    for logger in ("uvicorn", ACCESS_LOGGER):
-        logging.getLogger(logger).setLevel(level)
+    level = config.uvicorn_log_level
+    logging.getLogger(ACCESS_LOGGER).setLevel(level.upper())
+    # Its lines at INFO are about its own start and end. A process may have several web servers.
+    level = "warning" if level == "info" else level
     layers = RequestIds(app if is_inner else AccessLog(app))
     retirement = Retirement()
     return WebServer(
@@ -127,7 +128,7 @@ def web_server(
             http=connections(config.request_read_timeout_s, retirement),
             ws="none",
             log_config=None,  # logs go through the engine's own handler
-            log_level=config.uvicorn_log_level,
+            log_level=level,
             access_log=False,  # AccessLog knows more
             timeout_graceful_shutdown=_FLUSH_S,
             timeout_keep_alive=_KEEP_ALIVE_S,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import openai
 
 from tokasaurus.config.parser import parse_or_exit
+from tokasaurus.config.pipes import ends_with_its_reader
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.errors import ConfigError
 from tokasaurus.scripts.connection import Connection, connect, explain
@@ -64,6 +65,7 @@ CHAT = Schema(
 )
 
 
+@ends_with_its_reader
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokasaurus.config.parser import parse_or_exit
+from tokasaurus.config.pipes import ends_with_its_reader
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.errors import ModelError
 
@@ -37,6 +38,7 @@ DOWNLOAD = Schema(
 )
 
 
+@ends_with_its_reader
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command, which prints the directory of the snapshot.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import openai
 
 from tokasaurus.config.parser import parse_or_exit
+from tokasaurus.config.pipes import ends_with_its_reader
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.errors import ConfigError
 from tokasaurus.scripts.connection import Connection, connect, explain
@@ -63,6 +64,7 @@ class _Usage:
     num_tokens: int
 
 
+@ends_with_its_reader
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 

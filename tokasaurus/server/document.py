@@ -248,6 +248,7 @@ _ANSWERS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("post", "/init_weights_update_group"): _SUCCESS,
     ("post", "/destroy_weights_update_group"): _SUCCESS,
     ("post", "/init_weight_transfer_engine"): _json(_object(message=_STRING)),
+    ("post", "/shutdown_weight_transfer_engine"): _json(_object(message=_STRING)),
     ("post", "/start_weight_update"): _json(_object(message=_STRING)),
     ("post", "/update_weights"): _json(_object(message=_STRING)),
     ("post", "/finish_weight_update"): _json(_object(message=_STRING)),

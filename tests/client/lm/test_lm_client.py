@@ -8,10 +8,12 @@ import json
 import logging
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from engine_process import eventually
+from ports import held_port
 from scripted_model import Reply, chat, in_turn, refusal, scripted
 
 from tokasaurus.client.lm import (
@@ -156,13 +158,13 @@ def test_a_prompt_that_cannot_be_written_is_a_failure_like_others(caplog):
 
 
 def test_nothing_that_listens_is_named_with_a_remedy():
-    with scripted(chat("")) as model:
-        pass
-    with (
-        client_of(model, on_failure="raise", max_retries=1) as lm,
-        pytest.raises(TokasaurusError, match=f"nothing answers at {model.url}.*`toka"),
-    ):
-        lm.call("s", "u")
+    with held_port() as port:
+        model = SimpleNamespace(url=f"http://127.0.0.1:{port}")
+        with (
+            client_of(model, on_failure="raise", max_retries=1) as lm,
+            pytest.raises(TokasaurusError, match=f"nothing answers at {model.url}.*`toka"),
+        ):
+            lm.call("s", "u")
 
 
 def test_a_server_that_does_not_answer_in_time_is_given_up():

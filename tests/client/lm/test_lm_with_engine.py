@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ports import held_port
 from text_cartridges import save_cartridge
 
 import tokasaurus.client.lm
@@ -155,12 +156,6 @@ def test_what_is_wrong_with_a_configuration_is_named(engine, tmp_path, monkeypat
         assert (status, expected in said) == (2, True), (words, said)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -178,16 +173,21 @@ def started(port: int, *words: str) -> subprocess.Popen:
     )
 
 
-def test_launch_says_why_an_engine_does_not_start():
-    run = started(free_port(), "--launch", "engine.max_seqs_per_forward=0")
+@pytest.fixture
+def port():
+    with held_port() as held:
+        yield held
+
+
+def test_launch_says_why_an_engine_does_not_start(port):
+    run = started(port, "--launch", "engine.max_seqs_per_forward=0")
     printed, _ = run.communicate(timeout=60)
     assert run.returncode == 1, printed
     assert "max_seqs_per_forward" in printed
 
 
 @pytest.mark.long
-def test_launch_starts_an_engine_and_leaves_none_behind(tmp_path):
-    port = free_port()
+def test_launch_starts_an_engine_and_leaves_none_behind(port, tmp_path):
     small = "engine={'max_tokens_per_forward': 64, 'kv_cache_num_tokens': 2048}"
     run = started(port, "--launch", "evaluation.limit=5", small, f"results_dir={tmp_path}")
     printed, _ = run.communicate(timeout=150)

@@ -40,7 +40,7 @@ def hopper(monkeypatch, tmp_path):
         (tmp_path / program).touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(library, "_USUAL_CUDA_HOME", str(tmp_path / "cuda"))
-    for name in ("CUDA_HOME", "CUDA_PATH", "FLASHINFER_DISABLE_JIT"):
+    for name in ("CUDA_HOME", "CUDA_PATH", "LIBRARY_PATH", "FLASHINFER_DISABLE_JIT"):
         monkeypatch.delenv(name, raising=False)
     module._why_not.cache_clear()
     # There is no such device to run the probe on.

@@ -20,7 +20,7 @@ CONTROL = {
     *("/update_weights_from_disk", "/update_weights_from_tensor", "/update_weights_from_ipc"),
     *("/update_weights_from_distributed", "/update_weight_version", "/get_weight_version"),
     *("/init_weights_update_group", "/destroy_weights_update_group", "/get_world_size"),
-    *("/init_weight_transfer_engine", "/start_weight_update"),
+    *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/start_weight_update"),
     *("/update_weights", "/finish_weight_update"),
     *(UPDATE, f"{UPDATE}/{{update_id}}", f"{UPDATE}/{{update_id}}/commit"),
     f"{UPDATE}/{{update_id}}/buckets/{{number}}",

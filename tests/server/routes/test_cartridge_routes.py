@@ -224,7 +224,7 @@ def test_commands_upload_list_and_delete(server, tmp_path, capsys):
     assert command(server, "upload", str(path)) == 0
     digest = listed(server)["manual"]["digest"]
     said = capsys.readouterr().out
-    assert said == f"the engine has manual: 9 tokens, 0.0 MB, digest {digest}\n"
+    assert said == f"the engine has manual: 9 tokens, 1.2 KB, digest {digest}\n"
     assert command(server, "upload", f"file={path}", "name=again") == 0
     capsys.readouterr()
     assert command(server, "list") == 0

@@ -112,6 +112,20 @@ def test_updates_of_vllm_end_when_the_client_says_so(server):
     assert server.post("/finish_weight_update", {}).status == 409
 
 
+def test_the_group_of_vllm_is_left(server):
+    plain = {"packed": False, "packed_buffer_size_bytes": 1 << 30, "packed_num_buffers": 2}
+    assert server.post("/init_weight_transfer_engine", {"init_info": {**PLACE, **plain}}).json
+    assert fields(*actions(server)) == fields(
+        JoinWeightsGroup(GROUP, "trainer", 29500, 1, 2, "", 300.0)
+    )
+    packed = server.post("/init_weight_transfer_engine", {"init_info": {**PLACE, "packed": True}})
+    assert packed.status == 400
+    assert "init_info.packed" in packed.error["message"]
+    answer = server.post("/shutdown_weight_transfer_engine", {})
+    assert answer.json == {"message": "Weight transfer shut down"}
+    assert fields(*actions(server)) == fields(LeaveWeightsGroup(GROUP))
+
+
 def test_an_update_that_lacks_tensors_can_still_get_them(server):
     server.post("/start_weight_update", {})
     server.engine.refuse[UpdateWeights] = ("these tensors have not come: a", None)

@@ -7,7 +7,6 @@ import base64
 import json
 import logging
 import re
-import socket
 import struct
 import sys
 import threading
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import yaml
 from file_server import Answer, FileServer, file_server
+from ports import held_port
 
 from tokasaurus.errors import (
     AccessDenied,
@@ -512,18 +512,18 @@ def test_requests_outlive_a_restart_of_the_engine(engine):
     assert engine.count("GET", "/health") < 60  # they share one look
 
 
-def test_an_engine_that_does_not_come_back_is_an_error():
-    server = FileServer(f"127.0.0.1:{unused_port()}")
+@pytest.fixture
+def absent():
+    """An engine that is not there."""
+    with held_port() as port:
+        yield FileServer(f"127.0.0.1:{port}")
+
+
+def test_an_engine_that_does_not_come_back_is_an_error(absent):
     began = time.monotonic()
     with pytest.raises(Unreachable, match="nothing answers at"):
-        generate(server, max_retries=2, startup_timeout=0.3)
+        generate(absent, max_retries=2, startup_timeout=0.3)
     assert time.monotonic() - began < 20
-
-
-def unused_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 # --- its start ------------------------------------------------------------------------------------
@@ -544,8 +544,7 @@ def test_a_start_waits_for_the_engine_and_says_so(engine, caplog):
     assert f"the engine at {engine.url} serves" in caplog.text
 
 
-def test_a_start_without_an_engine_fails_soon_and_says_what_to_do():
-    absent = FileServer(f"127.0.0.1:{unused_port()}")
+def test_a_start_without_an_engine_fails_soon_and_says_what_to_do(absent):
     with pytest.raises(TimedOut, match=r"does not serve within 0\.2 s: nothing answers") as raised:
         run(absent, lambda server: server.launch_server(), startup_timeout=0.2)
     assert "custom.tokasaurus_url" in str(raised.value)

@@ -34,6 +34,7 @@ from tokasaurus.client.lm.lm_factory import get_lm_client
 from tokasaurus.client.lm.tokasaurus_client import TokasaurusClient
 from tokasaurus.client.lm.totals import TotalUsage
 from tokasaurus.config.parser import parse_or_exit
+from tokasaurus.config.pipes import ends_with_its_reader
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.errors import ConfigError, EngineDead
 
@@ -95,6 +96,7 @@ RUN = Schema(
 )
 
 
+@ends_with_its_reader
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 

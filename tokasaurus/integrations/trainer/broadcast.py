@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from os import PathLike
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 _BROADCAST_BYTES = 256 << 20
 _LOOK_S = 0.05
+# A worker that refuses leaves the group, and its engine says why a moment later.
+_REASON_S = 5.0
+_END_S = 5.0  # more than a thread needs to see that its group is not wanted
 
 
 class BroadcastSender(WeightsSender):
@@ -104,7 +108,7 @@ class BroadcastSender(WeightsSender):
             try:
                 group.broadcast(flat, self._timeout_s)
             except EngineError:
-                _raise_failure(receiving)  # the engine's reason says more
+                _raise_failure(receiving, _REASON_S)  # the engine's reason says more
                 raise
             receiving.result()
             num_bytes += len(flat)
@@ -139,7 +143,7 @@ class BroadcastSender(WeightsSender):
             self._group = making.result(self._watched)
             self._watched.result()
         except BaseException:
-            making.is_wanted = False
+            making.end()
             self._leave()
             raise
         log.info("%d workers are in the group %s", firsts[-1] - 1, self._name)
@@ -193,18 +197,17 @@ class BroadcastSender(WeightsSender):
 
 
 class _Making:
-    """Makes a group in a thread, while the engines are asked to join it.
-
-    Attributes:
-        is_wanted: False lets the thread end, at the latest when its time is up.
-    """
+    """Makes a group in a thread, while the engines are asked to join it."""
 
     def __init__(self, place: GroupPlace, timeout_s: float, is_awaited: Any) -> None:
-        self.is_wanted = True
+        self._is_wanted = True
         self._port: Future[int] = Future()
         self._group: Future[WeightsGroup] = Future()
         self._is_awaited = is_awaited
-        threading.Thread(target=self._run, args=(place, timeout_s), daemon=True).start()
+        self._thread = threading.Thread(
+            target=self._run, args=(place, timeout_s), name="weights-group", daemon=True
+        )
+        self._thread.start()
 
     def port(self) -> int:
         """Where the trainer listens."""
@@ -217,12 +220,20 @@ class _Making:
             time.sleep(_LOOK_S)
         return self._group.result()
 
+    def end(self) -> None:
+        """The group is not wanted any more. The thread ends soon.
+
+        A program that ends while a thread waits within torch may be aborted.
+        """
+        self._is_wanted = False
+        self._thread.join(_END_S)
+
     def _run(self, place: GroupPlace, timeout_s: float) -> None:
         try:
             group = WeightsGroup(
                 place,
                 timeout_s,
-                lambda: self.is_wanted and bool(self._is_awaited()),
+                lambda: self._is_wanted and bool(self._is_awaited()),
                 self._port.set_result,
             )
         except Exception as error:
@@ -231,13 +242,17 @@ class _Making:
             self._group.set_exception(error)
             return
         self._group.set_result(group)
-        if not self.is_wanted:
+        if not self._is_wanted:
             group.close()
 
 
-def _raise_failure(asked: Future[Any]) -> None:
-    """Raises what an engine has answered, if it has refused."""
-    if asked.done() and (error := asked.exception()) is not None:
+def _raise_failure(asked: Future[Any], wait_s: float = 0.0) -> None:
+    """Raises what an engine has answered, or answers soon, if it has refused."""
+    try:
+        error = asked.exception(wait_s)
+    except FutureTimeoutError:
+        return
+    if error is not None:
         raise error
 
 

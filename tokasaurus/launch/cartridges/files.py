@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokasaurus.cartridges.reading import Inspection, ReadLimits, inspect_cartridge, read_cartridge
 from tokasaurus.cartridges.specification import CartridgeMetadata
+from tokasaurus.config.memory import amount
 from tokasaurus.config.schema import flag
 from tokasaurus.errors import ConfigError, RequestError
 
@@ -77,9 +78,7 @@ def refused(path: Path, error: RequestError) -> RequestError:
 
 def sizes(metadata: CartridgeMetadata) -> str:
     """In a few words."""
-    return (
-        f"{metadata.num_tokens:,} positions, {metadata.num_bytes / 1e6:,.1f} MB in {metadata.dtype}"
-    )
+    return f"{metadata.num_tokens:,} positions, {amount(metadata.num_bytes)} in {metadata.dtype}"
 
 
 def _paths(config: FileConfig) -> tuple[Path, Path | None]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from tokasaurus.config.commands import run_command
+from tokasaurus.config.pipes import ends_with_its_reader
 
 __all__ = ["COMMANDS", "main"]
 
@@ -22,6 +23,7 @@ COMMANDS = {
 }
 
 
+@ends_with_its_reader
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status, as ``run_command`` does."""
     return run_command(

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from tokasaurus.config.memory import amount
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.errors import ConfigError
 from tokasaurus.launch.cartridges.engine import asked
@@ -71,5 +72,5 @@ def run(config: UploadConfig) -> None:
         )
     print(
         f"the engine has {stored['id']}: {stored['tokens']} tokens,"
-        f" {stored['versions'][0]['bytes'] / 1e6:.1f} MB, digest {stored['digest']}"
+        f" {amount(stored['versions'][0]['bytes'])}, digest {stored['digest']}"
     )

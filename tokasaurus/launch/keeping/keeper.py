@@ -110,6 +110,7 @@ class Keeper:
         # Python writes the number of each signal there.
         previous_fd = signal.set_wakeup_fd(wake.fileno())
         control = listen_for_control(self._directory)
+        log.info("process id %d", os.getpid())
         self._selector.register(woken, selectors.EVENT_READ, self._on_signals)
         self._selector.register(control, selectors.EVENT_READ, self._on_control)
         try:
@@ -191,11 +192,16 @@ class Keeper:
             self._manager.ready()
             return
         old, self._current, self._successor = self._current, engine, None
-        log.info("restart: engine %d serves", engine.number)
         self._manager.ready()
         if old is None:  # it has ended meanwhile
+            log.info("restart: engine %d serves", engine.number)
             self._finish("the new engine serves; the old one had ended before")
             return
+        log.info(
+            "restart: engine %d serves; engine %d takes no more connections, and finishes",
+            engine.number,
+            old.number,
+        )
         self._retiring = old
         limit_s = engine.timeout_s or 0.0
         restart.stage, restart.deadline = "finishing", time.monotonic() + limit_s + _GRACE_S
@@ -206,6 +212,8 @@ class Keeper:
         how = engine.how_it_ended
         if status < 0:
             sweep()  # its directory
+        if not status:
+            log.info("engine %d has ended", engine.number)
         if engine is self._successor:
             self._successor = None
             self._fail(f"the new engine cannot serve: {how}")

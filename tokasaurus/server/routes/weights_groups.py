@@ -98,10 +98,25 @@ class UpdateWeightsFromDistributed(ControlBody):
     """For all of these tensors; default 300."""
 
 
+class _InitInfo(_GroupPlace):
+    packed: Literal[False] | None = None
+    """Each tensor has a broadcast of its own."""
+    packed_buffer_size_bytes: int | None = None
+    """Changes nothing, and neither does ``packed_num_buffers``: they are about packed tensors."""
+    packed_num_buffers: int | None = None
+
+
 class InitWeightTransferEngine(ControlBody):
     """``POST /init_weight_transfer_engine``."""
 
-    init_info: _GroupPlace
+    init_info: _InitInfo
+
+
+class ShutdownWeightTransferEngine(ControlBody):
+    """``POST /shutdown_weight_transfer_engine``."""
+
+    group_name: _Name | None = None
+    """Default ``weight_update_group``."""
 
 
 class StartWeightUpdate(ControlBody):
@@ -137,6 +152,7 @@ WEIGHTS_GROUP_SCHEMAS: tuple[type[RequestBody], ...] = (
     DestroyWeightsUpdateGroup,
     UpdateWeightsFromDistributed,
     InitWeightTransferEngine,
+    ShutdownWeightTransferEngine,
     StartWeightUpdate,
     UpdateWeightsOfGroup,
     FinishWeightUpdate,
@@ -168,6 +184,11 @@ class WeightsGroupRoutes:
                 UpdateWeightsFromDistributed,
             ),
             ("/init_weight_transfer_engine", self.init_transfer, InitWeightTransferEngine),
+            (
+                "/shutdown_weight_transfer_engine",
+                self.shut_transfer_down,
+                ShutdownWeightTransferEngine,
+            ),
             ("/start_weight_update", self.start_update, StartWeightUpdate),
             ("/update_weights", self.update_weights, UpdateWeightsOfGroup),
             ("/finish_weight_update", self.finish_update, FinishWeightUpdate),
@@ -235,6 +256,12 @@ class WeightsGroupRoutes:
         """Lets all workers join a group of torch.distributed, in which the trainer is rank 0."""
         await self._join((await read_body(request, InitWeightTransferEngine)).init_info)
         return json_answer({"message": "Weight transfer initialized"})
+
+    async def shut_transfer_down(self, request: Request) -> Response:
+        """Lets all workers leave a group; tensors of an unfinished update are dropped."""
+        body = await read_body(request, ShutdownWeightTransferEngine)
+        await self._groups.leave(body.group_name or DEFAULT_GROUP)
+        return json_answer({"message": "Weight transfer shut down"})
 
     async def start_update(self, request: Request) -> Response:
         """Begins an update, which /finish_weight_update ends."""

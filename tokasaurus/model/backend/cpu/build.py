@@ -140,7 +140,9 @@ def load_library(source: Path, instruction_set: str = AUTO) -> ctypes.CDLL:
         except OSError as error:
             complaint = complaint or str(error)
         else:
-            log.info("%s runs with %s instructions", source.name, instructions.name)
+            log.debug("%s runs with %s instructions", source.name, instructions.name)
+            if instructions.name not in {each.instruction_set for each in _loaded.values()}:
+                log.info("kernels run with %s instructions", instructions.name)
             _loaded[source.stem, instruction_set] = _described(source, recipe)
             return loaded
     raise BuildError(f"{compiler[0]} failed: {complaint}")

@@ -202,7 +202,7 @@ class CompiledBackend:
         )
         per_pair, per_token, per_row, fixed = shared(costs[:4])
         self._costs = GroupCosts(per_pair, per_token, per_row, fixed, costs.blocks)
-        log.info("prefix groups save seconds of a layer: %s", self._costs)
+        log.debug("prefix groups save seconds of a layer: %s", self._costs)
 
     @property
     def _blocks(self) -> KernelBlocks:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tokasaurus.model.backend.base import ModelHeads
+from tokasaurus.model.backend.flashinfer.toolkit import set_cuda_home, set_library_path
 from tokasaurus.model.capability import why_too_old
 
 __all__ = ["import_library", "why_not", "why_not_heads"]
@@ -47,6 +48,7 @@ def import_library() -> Any:
 
 def why_not() -> str | None:
     """Why FlashInfer cannot run on this machine, and the remedy; None if it can."""
+    set_cuda_home()
     try:
         version: str = import_library().__version__
     except Exception as error:  # it looks for libraries of CUDA while it is imported
@@ -63,7 +65,10 @@ def why_not() -> str | None:
         return f"PyTorch {torch.__version__} sees no CUDA device; install its build for CUDA"
     if reason := why_too_old(_OLDEST, "the kernels need"):
         return f"{reason}; set attention=reference"
-    return _missing_compiler()
+    if reason := _missing_compiler():
+        return reason
+    set_library_path()
+    return None
 
 
 def why_not_heads(heads: ModelHeads) -> str | None:

@@ -179,7 +179,7 @@ class TritonGraphPlan:
                 return False
             num_rows = rows.num_decodes
             slots[:num_rows], lengths[:num_rows] = rows.decodes_on_device()
-        lengths[num_rows:] = 0
+        lengths[num_rows:].zero_()
         return True
 
 
