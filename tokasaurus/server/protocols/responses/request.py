@@ -104,6 +104,7 @@ class ResponsesRequest(GenerationRequest):
         **HARMLESS,
         "access_programs": (),
         "background": (False,),
+        "background_options": (),
         "context_management": ([],),
         "conversation": (),
         "image": (),
