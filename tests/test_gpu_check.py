@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import stat
 import warnings
 from dataclasses import replace
@@ -35,6 +36,14 @@ def checkpoints(tmp_path_factory):
     """Two models that differ."""
     directory = tmp_path_factory.mktemp("models")
     return [make_checkpoint(directory / str(seed), "llama", seed=seed) for seed in (0, 1)]
+
+
+@pytest.fixture(autouse=True)
+def own_handler():
+    """The program sets one, which would be there for the tests after these."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(autouse=True)

@@ -90,6 +90,9 @@ class WeightsGroup:
         environment = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
         if place.backend == "gloo":
             store = _WatchedStore(store, place, deadline, is_wanted)
+        # Torch does not keep an object of Python alive, and with rank 0's the others lose the store
+        # from which they may still read.
+        self._store = store
         try:
             self._group = _new_group(place, store, left, environment)
         except (RuntimeError, ValueError) as error:
@@ -155,7 +158,7 @@ class WeightsGroup:
         with contextlib.suppress(RuntimeError, KeyError):
             dist.destroy_process_group(self._group)
         on_left()
-        del self._group
+        del self._group, self._store
 
     def _meet(self, deadline: float, on_listening: Callable[[int], None]) -> tuple[Any, str]:
         """The store of the group, and this machine's address that the others see."""

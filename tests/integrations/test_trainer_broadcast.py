@@ -186,6 +186,28 @@ def test_a_group_whose_ranks_do_not_come_is_not_in_the_way_of_the_next():
         group.close()
 
 
+LATE_RANK = """
+import sys, time
+from tokasaurus import weights_groups as groups
+
+read = groups._WatchedStore.get
+
+def read_late(self, key):
+    time.sleep(0.5)
+    return read(self, key)
+
+groups._WatchedStore.get = read_late
+groups.WeightsGroup(groups.GroupPlace("g", "127.0.0.1", int(sys.argv[1]), 1, 2, "gloo"), 30).close()
+"""
+
+
+def test_rank_0_keeps_the_store_for_ranks_that_still_read_from_it(port):
+    late = subprocess.Popen([sys.executable, "-c", LATE_RANK, str(port)])
+    group = WeightsGroup(GroupPlace("g", "127.0.0.1", port, 0, 2, "gloo"), 30)
+    assert late.wait(60) == 0
+    group.close()
+
+
 def wrong_tensors(kind):
     tensors = dict(noisy_model(6).state_dict())
     norm = "model.norm.weight"

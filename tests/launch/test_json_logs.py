@@ -58,7 +58,7 @@ def test_warnings_restarts_and_the_end_are_lines_too(tmp_path):
                 engine.signal(signal.SIGUSR2)
                 eventually(lambda: "restart: done" in engine.log, "the restart", 120)
         engine.signal(signal.SIGTERM)
-        assert engine.wait_exit(30) == 0
+        assert engine.wait_exit() == 0
         said = {
             role: [
                 line["message"]
@@ -97,7 +97,7 @@ def check_each_begins(messages, *beginnings):
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
     with started(tmp_path, *FLAGS, f"model={tmp_path / 'gone'}") as engine:
-        assert engine.wait_exit(30) == 2
+        assert engine.wait_exit() == 2
         (line,) = engine.json_log(level="CRITICAL")
     assert line["process"] == "toka"
     assert "no such directory" in line["message"]

@@ -98,7 +98,7 @@ def test_an_engine_that_is_not_ready_does_not_wait_for_its_processes(monkeypatch
     monkeypatch.setattr(foreground, "run_role", serves)
     monkeypatch.setattr(supervisor, "_FLUSH_S", 600.0)
     # If the supervisor does not end them, the test fails after a while.
-    too_late = threading.Timer(20, lambda: [each.terminate() for each in launcher.started])
+    too_late = threading.Timer(60, lambda: [each.terminate() for each in launcher.started])
     too_late.start()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         slices = assemble(parse_command_line([], {}))
