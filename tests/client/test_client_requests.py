@@ -175,7 +175,7 @@ def test_answers_of_other_servers_have_no_ids(server, client):
 
 
 def test_other_servers_tell_ids_if_they_are_asked(server, client):
-    """vLLM and SGLang, with ``return_token_ids``: a chat's prompt is beside its choices."""
+    """vLLM and SGLang, with ``return_token_ids``; in vLLM a chat's prompt is beside its choices."""
     chat = {
         "id": "c",
         "choices": [{"index": 0, "message": {"content": "x"}, "token_ids": [5, 2]}],
@@ -195,6 +195,12 @@ def test_other_servers_tell_ids_if_they_are_asked(server, client):
     assert sent(server)["return_token_ids"] is True
     assert (answer.prompt_ids.tolist(), answer.token_ids.tolist()) == ([1, 7], [5, 2])
     assert answer.prompt_ids.dtype == answer.token_ids.dtype == np.int32
+    of_sglang = {"prompt_token_ids": [1, 7], "response_token_ids": [5, 2]}
+    server.answers[CHAT] = Answer.json(
+        {"id": "c", "choices": [{"index": 0, "message": {"content": "x"}, **of_sglang}]}
+    )
+    answer = client.chat("Hi", return_token_ids=True)
+    assert (answer.prompt_ids.tolist(), answer.token_ids.tolist()) == ([1, 7], [5, 2])
     answer = client.complete(["a", "b"], return_token_ids=True)
     assert [choice.prompt_ids.tolist() for choice in answer.choices] == prompts
     assert [choice.token_ids.tolist() for choice in answer.choices] == [[0], [1]]

@@ -215,20 +215,24 @@ class _Fingerprint:
         return Logprobs(values, top_ids, top)
 
 
-def _ids(ids: Sequence[int] | None) -> NDArray[np.int32] | None:
+def _ids(*told: Sequence[int] | None) -> NDArray[np.int32] | None:
+    """The first that are told."""
+    ids = next((each for each in told if each is not None), None)
     return None if ids is None else np.asarray(ids, np.int32)
 
 
 def _token_ids(choice: JSON, fingerprint: _Fingerprint, position: int) -> NDArray[np.int32] | None:
-    """The ids of a choice or its next piece; other engines have them by ``return_token_ids``."""
-    told = choice.get("token_ids")
-    return _ids(fingerprint.ids(position) if told is None else told)
+    """The ids of a choice, or of its next piece. SGLang's chats have a name of their own."""
+    return _ids(
+        choice.get("token_ids"), choice.get("response_token_ids"), fingerprint.ids(position)
+    )
 
 
 def _prompt_ids(choice: JSON, fingerprint: _Fingerprint, body: JSON) -> NDArray[np.int32] | None:
-    """The ids of its prompt: a chat has them beside its choices, and a completion in each."""
-    told = (choice.get("prompt_token_ids"), body.get("prompt_token_ids"), fingerprint.prompt_ids)
-    return _ids(next((ids for ids in told if ids is not None), None))
+    """The ids of its prompt, which some have in each choice and some beside them."""
+    return _ids(
+        choice.get("prompt_token_ids"), body.get("prompt_token_ids"), fingerprint.prompt_ids
+    )
 
 
 def _choice(choice: JSON, fingerprint: _Fingerprint, position: int, body: JSON) -> Choice:

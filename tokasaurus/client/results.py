@@ -91,8 +91,8 @@ class Choice:
         reasoning: None if there is none.
         weights_versions: with ``return_weights_versions``, or once there was an update: version,
             label and number of tokens of each run.
-        prompt_ids: int32 [prompt tokens] of its prompt, as the engine saw them: of ``generate``, and
-            with ``return_token_ids``; None where the server does not tell.
+        prompt_ids: int32 [prompt tokens], as the engine saw them: of ``generate``, and with
+            ``return_token_ids``; None where the server does not tell.
     """
 
     index: int
