@@ -159,6 +159,7 @@ _REASONS: Mapping[str, str] = {
     "add_generation_prompt": "it is an argument of chat templates",
     "audio": "answers are text",
     "background": "a response is answered while its client waits; use a batch",
+    "background_options": "a response is answered while its client waits; use a batch",
     "best_of": "every sample is returned; ask for n samples",
     "cache_salt": "the cache of prefixes has no partitions",
     "chat_template": "set it in chat_template_kwargs",

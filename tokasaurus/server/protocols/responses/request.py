@@ -106,6 +106,7 @@ class ResponsesRequest(GenerationRequest):
         **HARMLESS,
         "access_programs": (),
         "background": (False,),
+        "background_options": (),
         "context_management": ([],),
         "conversation": (),
         "image": (),
