@@ -13,7 +13,7 @@ import pytest
 from engine_process import EngineProcess, eventually, running
 from transformers import AutoTokenizer
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 PROMPTS = ["A B C D A B C D A B", "tell me a joke"]
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
