@@ -267,12 +267,10 @@ $(OLDEST_STAMP): $(STAMP) tests/oldest_versions.py
 	    moto==5.2.5 flask==3.1.3 flask-cors==6.0.5
 	@touch $@
 
-# The fields of requests that test_openai_fields.py compares are those of the newest openai.
 test-oldest: $(OLDEST_STAMP)
 	@echo "==> pytest, lower bounds: unit tests"
 	@$(OLDEST_PYTEST) -m 'not long and not engine and $(INSTALLED)' $(ARGS) \
-	    --ignore tests/server/test_fuzz_document.py \
-	    --ignore tests/server/operations/test_openai_fields.py
+	    --ignore tests/server/test_fuzz_document.py
 	@echo "==> pytest, lower bounds: engines"
 	@$(OLDEST_PYTEST) -m 'not long and $(INSTALLED)' $(OLDEST_ENGINES)
 	@echo "==> pytest, lower bounds: S3 and traces"

@@ -207,7 +207,7 @@ def main(arguments: Sequence[str]) -> int:
     # A machine that ends commands gives them a moment. The table is printed then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     print(f"gpu-check: device={config.device}, {_name(config.device)}, PyTorch {torch.__version__}")
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         check = _Check(config, Path(directory))
         try:
             check.run()

@@ -84,7 +84,7 @@ def run_in_processes(
         is_late: whether time is up. Jobs that run then are ended.
     """
     waiting, running = deque(jobs), list[_Process]()
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         try:
             while waiting or running:
                 time_is_up = is_late()

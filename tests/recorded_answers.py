@@ -269,6 +269,7 @@ GREEDY_COMPLETIONS: Mapping[str, Record] = {
     "echo with logprobs 0": {"echo": True, "logprobs": 0},
     "echo with logprobs 2": {"echo": True, "logprobs": 2},
     "echo with both logprobs": {"echo": True, "logprobs": 1, "prompt_logprobs": 3},
+    "token ids": {"return_token_ids": True, "n": 2},
     "packed logprobs": {"logprobs_in_fingerprint": True},
     "packed logprobs 2": {"logprobs_in_fingerprint": True, "logprobs": 2},
     "adjusted logprobs": {"logprobs": 2, "repetition_penalty": 2, "logprobs_mode": "processed"},
@@ -357,6 +358,7 @@ COMPLETION_STREAMS: Mapping[str, Record] = {
     "both usages": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
     "packed logprobs": {"logprobs_in_fingerprint": True, "logprobs": 2},
     "metadata": {"metadata": {"run": "7"}, "service_tier": "flex"},
+    "token ids": {"prompt": [PATTERN, "The cat"], "return_token_ids": True, "n": 2},
     "two prompts": {"prompt": [PATTERN, "The cat"], "stream_options": {"include_usage": True}},
     "choice": {"guided_choice": ["yes", "no"]},
 }
@@ -402,6 +404,7 @@ def chats() -> list[Ask]:
 
 CONVERSATIONS: Mapping[str, Record] = {
     "plain": {},
+    "token ids": {"return_token_ids": True, "n": 2},
     "system": {"messages": [{"role": "system", "content": "Be brief."}, JOKE]},
     "developer": {"messages": [{"role": "developer", "content": "Be brief."}, JOKE]},
     "parts": {
@@ -469,6 +472,7 @@ CHAT_STREAMS: Mapping[str, Record] = {
     "plain": {},
     "n": {"n": 2, "stream_options": {"include_usage": True}},
     "drawn": {**DRAWN, "n": 2},
+    "token ids": {"return_token_ids": True, "n": 2},
     "logprobs": {"logprobs": True, "top_logprobs": 2},
     "packed logprobs": {"logprobs_in_fingerprint": True},
     "stop": {"stop": ["the", "up"], "max_tokens": 40},
@@ -787,7 +791,7 @@ WRONG_VALUES: Mapping[str, Sequence[Any]] = {
     "guided_grammar": ("start:", 'start: "a" nothing', 5),
     "temprature": (1,),
     "skip_special_tokens": (False,),
-    "return_token_ids": (True,),
+    "return_token_ids": ("yes", 1),
     "reasoning_effort": ("low",),
     "chat_template": ("x",),
     "regex": ("x",),

@@ -223,7 +223,10 @@ class Run:
 @pytest.mark.processes
 @pytest.mark.parametrize("num_lines", [60, pytest.param(300, marks=pytest.mark.long)])
 def test_a_run_that_is_interrupted_and_killed_continues(tmp_path, num_lines):
-    lines = [{"prompt": f"number {i}", "max_tokens": 40 + i % 50} for i in range(num_lines)]
+    lines = [
+        {"prompt": f"number {i}", "max_tokens": 40 + i % 50, "return_token_ids": True}
+        for i in range(num_lines)
+    ]
     lines[7] = {"prompt": "too long", "max_tokens": 10**8}
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{")
     # A small engine starts sooner.
@@ -250,8 +253,11 @@ def test_a_run_that_is_interrupted_and_killed_continues(tmp_path, num_lines):
         if number == 7:
             assert result["response"]["status_code"] == 400
         else:
-            usage = result["response"]["body"]["usage"]
+            body = result["response"]["body"]
+            (choice,), usage = body["choices"], body["usage"]
             assert usage["completion_tokens"] <= 40 + number % 50
+            assert len(choice["token_ids"]) == usage["completion_tokens"]
+            assert len(choice["prompt_token_ids"]) == usage["prompt_tokens"]
     assert not (tmp_path / "out.jsonl.toka-batch").exists()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from cartridge_files import fields, own_tensors, read_here
-from hostile_files import CASES, KINDS, Case
+from hostile_files import CASES, DOUBLING, KINDS, Case
 from rows import check_each
 from safetensors.torch import save_file
 
@@ -62,6 +62,12 @@ def test_a_file_that_is_no_cartridge_is_refused_with_the_reason(tmp_path):
         assert not (source.parent / "marker").exists()
 
     check_each(cases, check)
+
+
+def test_yaml_that_doubles_with_each_line_is_refused_or_does_not_double(tmp_path):
+    source, companion = make(DOUBLING, tmp_path)
+    report = read_here(source, companion=companion, limits=_LIMITS)
+    assert report.metadata is not None or re.search(DOUBLING.says, report.refusal)
 
 
 def test_the_process_that_reads_refuses_hostile_files_and_leaves_nothing(tmp_path):

@@ -78,6 +78,29 @@ def test_streams_give_what_whole_answers_give(either):
         assert pieces.usage.completion_tokens == answer.usage.completion_tokens
 
 
+def test_ids_of_prompts(either):
+    """Each choice has those of its prompt, and in a stream its first piece."""
+    prompts = [ids_of(either, QUESTION), [0, 39, 1504]]
+    options = {"temperature": 1, "seed": 1, "n": 2, "max_tokens": 8}
+    chat = either.chat(QUESTION, return_token_ids=True, **options)
+    assert [choice.prompt_ids.tolist() for choice in chat.choices] == prompts[:1] * 2
+    answer = either.complete(prompts, return_token_ids=True, **options)
+    expected = [each for prompt in prompts for each in (prompt, prompt)]
+    assert [choice.prompt_ids.tolist() for choice in answer.choices] == expected
+    assert answer.prompt_ids.tolist() == prompts[0]
+    assert either.complete(prompts, **options).prompt_ids is None
+    with either.stream_complete(prompts, return_token_ids=True, **options) as pieces:
+        began = {}
+        for piece in pieces:
+            assert (piece.prompt_ids is None) == (piece.index in began)
+            began.setdefault(piece.index, piece.prompt_ids)
+    assert [began[index].tolist() for index in range(4)] == expected
+    with either.stream_generate(QUESTION, max_tokens=4) as pieces:
+        assert [each.prompt_ids.tolist() for each in pieces if each.prompt_ids is not None] == [
+            prompts[0]
+        ]
+
+
 def test_several_prompts_and_samples(either):
     answer = either.complete([PROMPT, "Once"], n=2, logprobs=0, **GREEDY)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]

@@ -174,6 +174,38 @@ def test_answers_of_other_servers_have_no_ids(server, client):
         assert answer.choices[0].tool_calls[0].name == "f"
 
 
+def test_other_servers_tell_ids_if_they_are_asked(server, client):
+    """vLLM and SGLang, with ``return_token_ids``; in vLLM a chat's prompt is beside its choices."""
+    chat = {
+        "id": "c",
+        "choices": [{"index": 0, "message": {"content": "x"}, "token_ids": [5, 2]}],
+        "prompt_token_ids": [1, 7],
+        "system_fingerprint": "vllm-0.33.0",
+    }
+    prompts = [[1], [2, 3]]
+    text = {
+        "id": "c",
+        "choices": [
+            {"index": k, "text": "x", "token_ids": [k], "prompt_token_ids": prompt}
+            for k, prompt in enumerate(prompts)
+        ],
+    }
+    server.answers[CHAT], server.answers[TEXT] = Answer.json(chat), Answer.json(text)
+    answer = client.chat("Hi", return_token_ids=True)
+    assert sent(server)["return_token_ids"] is True
+    assert (answer.prompt_ids.tolist(), answer.token_ids.tolist()) == ([1, 7], [5, 2])
+    assert answer.prompt_ids.dtype == answer.token_ids.dtype == np.int32
+    of_sglang = {"prompt_token_ids": [1, 7], "response_token_ids": [5, 2]}
+    server.answers[CHAT] = Answer.json(
+        {"id": "c", "choices": [{"index": 0, "message": {"content": "x"}, **of_sglang}]}
+    )
+    answer = client.chat("Hi", return_token_ids=True)
+    assert (answer.prompt_ids.tolist(), answer.token_ids.tolist()) == ([1, 7], [5, 2])
+    answer = client.complete(["a", "b"], return_token_ids=True)
+    assert [choice.prompt_ids.tolist() for choice in answer.choices] == prompts
+    assert [choice.token_ids.tolist() for choice in answer.choices] == [[0], [1]]
+
+
 def test_what_is_no_answer_is_an_error(server, client):
     for answer in (Answer(b"<html>"), Answer.json({"choices": []}), Answer.json({"hello": 1})):
         server.answers[TEXT] = answer

@@ -156,6 +156,7 @@ GENERATION: Mapping[str, Row] = {
     "logprobs_in_fingerprint": Changes(True),
     "priority": Changes(-5),
     "first_k": Changes(1, {"n": 3}),
+    "return_token_ids": Changes(True),
     "return_weights_versions": Changes(True),
     "receipt": Changes(True),
     "stream": Changes(True),
@@ -403,6 +404,7 @@ SCHEMAS: Mapping[Any, Place] = {
             **GENERATION,
             "n": Refused(2, (1,)),
             "first_k": Refused(1),
+            "return_token_ids": Refused(True, (False,)),
             "return_weights_versions": Refused(True),
             "max_tokens": Refused(5),
             "logprobs_in_fingerprint": Refused(True),
@@ -599,6 +601,7 @@ SCHEMAS: Mapping[Any, Place] = {
         BASE[GENERATE],
         {
             **GENERATION,
+            "return_token_ids": Refused(True, (False,)),
             "logprobs_in_fingerprint": Refused(True, (False,)),
             "stream_options": Refused({"include_usage": True}),
             "prompt": Changes("the dog"),

@@ -52,12 +52,13 @@ def read_answer(body: JSON) -> Answer:
     if "choices" in body:
         fingerprint = _Fingerprint(body)
         choices = [
-            _choice(each, fingerprint, position) for position, each in enumerate(body["choices"])
+            _choice(each, fingerprint, position, body)
+            for position, each in enumerate(body["choices"])
         ]
-        prompt_ids, prompt_logprobs = fingerprint.prompt_ids, None
+        prompt_logprobs = None
     elif "output_ids" in body:
-        choices = [_native_choice(each) for each in body.get("samples") or [body]]
-        prompt_ids = body.get("prompt_ids")
+        prompt_ids = _ids(body.get("prompt_ids"))
+        choices = [_native_choice(each, prompt_ids) for each in body.get("samples") or [body]]
         prompt_logprobs = _columns(body.get("prompt_logprobs"))
     else:
         raise EngineError(f"this answer has no text: {str(body)[:300]}")
@@ -68,7 +69,6 @@ def read_answer(body: JSON) -> Answer:
         model=str(body.get("model", "")),
         choices=tuple(choices),
         usage=read_usage(body.get("usage")),
-        prompt_ids=None if prompt_ids is None else np.asarray(prompt_ids, np.int32),
         prompt_logprobs=prompt_logprobs,
         raw=body,
     )
@@ -88,6 +88,7 @@ def read_pieces(event: JSON) -> Iterator[Piece]:
             token_ids=np.asarray(event["output_ids"], np.int32),
             logprobs=_columns(event.get("logprobs")),
             reasoning="",
+            prompt_ids=_ids(event.get("prompt_ids")),
             raw=event,
         )
 
@@ -191,13 +192,13 @@ class _Fingerprint:
 
     @property
     def prompt_ids(self) -> Sequence[int] | None:
-        ids = self._fields.get("input_ids")
+        ids: Sequence[Sequence[int]] = self._fields.get("input_ids") or ()
         return ids[0] if ids else None
 
-    def ids(self, position: int) -> NDArray[np.int32] | None:
+    def ids(self, position: int) -> Sequence[int] | None:
         """Of the choice in this position of the answer."""
-        ids = self._fields.get("completion_ids")
-        return np.asarray(ids[position], np.int32) if ids else None
+        ids: Sequence[Sequence[int]] = self._fields.get("completion_ids") or ()
+        return ids[position] if ids else None
 
     def logprobs(self, position: int) -> Logprobs | None:
         chosen = self._fields.get("packed_chosen_logprobs")
@@ -214,22 +215,43 @@ class _Fingerprint:
         return Logprobs(values, top_ids, top)
 
 
-def _choice(choice: JSON, fingerprint: _Fingerprint, position: int) -> Choice:
+def _ids(*told: Sequence[int] | None) -> NDArray[np.int32] | None:
+    """The first that are told."""
+    ids = next((each for each in told if each is not None), None)
+    return None if ids is None else np.asarray(ids, np.int32)
+
+
+def _token_ids(choice: JSON, fingerprint: _Fingerprint, position: int) -> NDArray[np.int32] | None:
+    """The ids of a choice, or of its next piece. SGLang's chats have a name of their own."""
+    return _ids(
+        choice.get("token_ids"), choice.get("response_token_ids"), fingerprint.ids(position)
+    )
+
+
+def _prompt_ids(choice: JSON, fingerprint: _Fingerprint, body: JSON) -> NDArray[np.int32] | None:
+    """The ids of its prompt, which some have in each choice and some beside them."""
+    return _ids(
+        choice.get("prompt_token_ids"), body.get("prompt_token_ids"), fingerprint.prompt_ids
+    )
+
+
+def _choice(choice: JSON, fingerprint: _Fingerprint, position: int, body: JSON) -> Choice:
     message: JSON = choice.get("message") or {}
     text = choice.get("text") if "text" in choice else message.get("content")
     return Choice(
         index=choice.get("index", position),
         text=text or "",
         finish_reason=choice.get("finish_reason"),
-        token_ids=fingerprint.ids(position),
+        token_ids=_token_ids(choice, fingerprint, position),
         logprobs=fingerprint.logprobs(position) or _written(choice.get("logprobs")),
         reasoning=message.get("reasoning_content"),
         tool_calls=tuple(_tool_call(each) for each in message.get("tool_calls") or ()),
         weights_versions=tuple(choice.get("weights_versions") or ()),
+        prompt_ids=_prompt_ids(choice, fingerprint, body),
     )
 
 
-def _native_choice(sample: JSON) -> Choice:
+def _native_choice(sample: JSON, prompt_ids: NDArray[np.int32] | None) -> Choice:
     return Choice(
         index=sample.get("index", 0),
         text=sample.get("text") or "",
@@ -237,6 +259,7 @@ def _native_choice(sample: JSON) -> Choice:
         token_ids=np.asarray(sample["output_ids"], np.int32),
         logprobs=_columns(sample.get("logprobs")),
         weights_versions=tuple(sample.get("weights_versions") or ()),
+        prompt_ids=prompt_ids,
     )
 
 
@@ -246,9 +269,10 @@ def _piece(choice: JSON, fingerprint: _Fingerprint, position: int, event: JSON) 
         index=choice.get("index", position),
         text=choice.get("text") or delta.get("content") or "",
         finish_reason=choice.get("finish_reason"),
-        token_ids=fingerprint.ids(position),
+        token_ids=_token_ids(choice, fingerprint, position),
         logprobs=fingerprint.logprobs(position) or _written(choice.get("logprobs")),
         reasoning=delta.get("reasoning_content") or "",
+        prompt_ids=_prompt_ids(choice, fingerprint, event),
         raw=event,
     )
 

@@ -91,6 +91,8 @@ class Choice:
         reasoning: None if there is none.
         weights_versions: with ``return_weights_versions``, or once there was an update: version,
             label and number of tokens of each run.
+        prompt_ids: int32 [prompt tokens], as the engine saw them: of ``generate``, and with
+            ``return_token_ids``; None where the server does not tell.
     """
 
     index: int
@@ -101,6 +103,7 @@ class Choice:
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     weights_versions: tuple[Mapping[str, Any], ...] = ()
+    prompt_ids: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +114,6 @@ class Answer:
         id: of the answer.
         model: as the request named it, or the engine's.
         choices: at least one.
-        prompt_ids: int32 [prompt tokens], as the engine saw them; None where it does not tell.
         prompt_logprobs: of ``generate`` with ``prompt_logprobs``.
         raw: the JSON.
     """
@@ -120,7 +122,6 @@ class Answer:
     model: str
     choices: tuple[Choice, ...]
     usage: Usage
-    prompt_ids: NDArray[np.int32] | None
     prompt_logprobs: Logprobs | None
     raw: Mapping[str, Any]
 
@@ -145,6 +146,11 @@ class Answer:
         return self.choices[0].logprobs
 
     @property
+    def prompt_ids(self) -> NDArray[np.int32] | None:
+        """Of the first choice."""
+        return self.choices[0].prompt_ids
+
+    @property
     def receipt(self) -> Mapping[str, Any] | None:
         """With ``receipt=True``: what ``toka-verify`` checks."""
         receipt: Mapping[str, Any] | None = self.raw.get("receipt")
@@ -162,6 +168,8 @@ class Piece:
         token_ids: the new ones, int32 [tokens]; None if the server does not tell them.
         logprobs: of these tokens, if they were asked for.
         reasoning: new text of the reasoning.
+        prompt_ids: int32 [prompt tokens], in the first piece of a choice, where the choice of a
+            whole answer has them; else None.
         raw: the JSON of the event.
     """
 
@@ -171,6 +179,7 @@ class Piece:
     token_ids: NDArray[np.int32] | None
     logprobs: Logprobs | None
     reasoning: str
+    prompt_ids: NDArray[np.int32] | None
     raw: Mapping[str, Any]
 
 

@@ -33,6 +33,11 @@ def _object(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": [*properties]}
 
 
+def _also(schema: Mapping[str, Any], **properties: Any) -> dict[str, Any]:
+    """The object, which may have these properties, too."""
+    return {**schema, "properties": {**schema["properties"], **properties}}
+
+
 def _list(items: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
@@ -46,17 +51,15 @@ def _reference(name: str) -> dict[str, Any]:
 
 
 def _page(items: str) -> dict[str, Any]:
-    page = _object(
-        object=_const("list"), data=_list(_reference(items)), has_more={"type": "boolean"}
-    )
-    page["properties"] |= {"first_id": _MAYBE, "last_id": _MAYBE}
-    return page
+    page = _object(object=_const("list"), data=_list(_reference(items)), has_more=_BOOLEAN)
+    return _also(page, first_id=_MAYBE, last_id=_MAYBE)
 
 
 def _json(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {_JSON: {"schema": schema}}
 
 
+_IDS = _list(_INTEGER)
 _USAGE = _object(prompt_tokens=_INTEGER, total_tokens=_INTEGER)
 _SCHEMAS: Mapping[str, Any] = {
     "Error": _object(
@@ -69,22 +72,34 @@ _SCHEMAS: Mapping[str, Any] = {
         object=_const("text_completion"),
         created=_INTEGER,
         model=_STRING,
-        choices=_list(_object(index=_INTEGER, text=_STRING, finish_reason=_MAYBE)),
-        usage=_reference("Usage"),
-    ),
-    "ChatCompletion": _object(
-        id=_STRING,
-        object=_const("chat.completion"),
-        created=_INTEGER,
-        model=_STRING,
         choices=_list(
-            _object(
-                index=_INTEGER,
-                message=_object(role=_STRING, content=_MAYBE),
-                finish_reason=_MAYBE,
+            _also(
+                _object(index=_INTEGER, text=_STRING, finish_reason=_MAYBE),
+                token_ids=_IDS,
+                prompt_token_ids=_IDS,
             )
         ),
         usage=_reference("Usage"),
+    ),
+    "ChatCompletion": _also(
+        _object(
+            id=_STRING,
+            object=_const("chat.completion"),
+            created=_INTEGER,
+            model=_STRING,
+            choices=_list(
+                _also(
+                    _object(
+                        index=_INTEGER,
+                        message=_object(role=_STRING, content=_MAYBE),
+                        finish_reason=_MAYBE,
+                    ),
+                    token_ids=_IDS,
+                )
+            ),
+            usage=_reference("Usage"),
+        ),
+        prompt_token_ids=_IDS,
     ),
     "Embeddings": _object(
         object=_const("list"),
@@ -141,14 +156,14 @@ _SCHEMAS: Mapping[str, Any] = {
     "NativeAnswer": _object(
         id=_STRING,
         text=_STRING,
-        output_ids=_list(_INTEGER),
-        prompt_ids=_list(_INTEGER),
+        output_ids=_IDS,
+        prompt_ids=_IDS,
         finish_reason=_MAYBE,
         usage=_reference("Usage"),
     ),
     "SglangAnswer": _object(
         text=_STRING,
-        output_ids=_list(_INTEGER),
+        output_ids=_IDS,
         meta_info=_object(id=_STRING, prompt_tokens=_INTEGER, completion_tokens=_INTEGER),
     ),
 }
@@ -223,9 +238,7 @@ _ANSWERS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("post", "/v1/batches"): _BATCH,
     ("get", "/v1/batches/{batch_id}"): _BATCH,
     ("post", "/v1/batches/{batch_id}/cancel"): _BATCH,
-    ("post", "/tokenize"): _json(
-        _object(count=_INTEGER, max_model_len=_INTEGER, tokens=_list(_INTEGER))
-    ),
+    ("post", "/tokenize"): _json(_object(count=_INTEGER, max_model_len=_INTEGER, tokens=_IDS)),
     ("post", "/detokenize"): _json(_object(prompt=_STRING)),
     ("get", "/tokenizer_info"): _json(_object(tokenizer_class=_STRING, vocab_size=_INTEGER)),
     ("post", "/flush_cache"): _FLUSHED,

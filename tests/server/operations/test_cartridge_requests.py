@@ -223,6 +223,7 @@ def test_what_clients_of_cartridges_send_and_read(server):
         "temperature": 0.7,
         "top_p": 1.0,
         "logprobs_in_fingerprint": True,
+        "return_token_ids": True,
         "cartridges": [{"id": "notes", "source": "local", "force_redownload": True}],
     }
     answer = server.post("/custom/cartridge/completions", rollout).json
@@ -231,6 +232,8 @@ def test_what_clients_of_cartridges_send_and_read(server):
     assert len(base64.b64decode(fingerprint["packed_chosen_logprobs"][0])) == 4 * 5
     assert fingerprint["packed_topk_indices"] is None
     assert answer["choices"][0]["logprobs"] is None
+    assert answer["choices"][0]["prompt_token_ids"] == prompt
+    assert answer["choices"][0]["token_ids"] == fingerprint["completion_ids"][0]
     chat = {
         "model": "default",
         "messages": [USER],
@@ -241,6 +244,7 @@ def test_what_clients_of_cartridges_send_and_read(server):
         "top_logprobs": 3,
         "logprobs_in_fingerprint": True,
         "logprobs_ignore_temperature": True,
+        "return_token_ids": True,
         "cartridges": [NOTES],
     }
     for path in SYNCHRONOUS[1:]:
@@ -248,6 +252,8 @@ def test_what_clients_of_cartridges_send_and_read(server):
         fingerprint = json.loads(answer["system_fingerprint"])
         assert len(base64.b64decode(fingerprint["packed_topk_indices"][0])) == 4 * 5 * 3
         assert answer["usage"]["prompt_tokens_details"]["cartridge_tokens"] == 21
+        assert len(answer["prompt_token_ids"]) == answer["usage"]["prompt_tokens"]
+        assert [answer["choices"][0]["token_ids"]] == fingerprint["completion_ids"]
     del chat["messages"], chat["apply_chat_template_overrides"]
     answer = server.post("/custom/cartridge/chat/completions", {**chat, "ids": prompt}).json
     assert json.loads(answer["system_fingerprint"])["input_ids"] == [prompt]

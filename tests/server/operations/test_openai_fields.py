@@ -1,7 +1,7 @@
 """Every field of the installed openai package's requests is decided on, one by one.
 
 The fields come from the package. One that is not in the table fails here, so that a new version of
-the package brings no field that nobody has decided on.
+the package brings no field that nobody has decided on. Other versions may lack some of the table.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ REQUESTS: Mapping[str, tuple[Any, Mapping[str, str]]] = {
             " tool_choice tools top_logprobs top_p user",
             harmless="background context_management max_tool_calls prompt_cache_key"
             " prompt_cache_options prompt_cache_retention safety_identifier store truncation",
-            refused="access_programs conversation image moderation previous_response_id prompt",
+            refused="access_programs background_options conversation image moderation"
+            " previous_response_id prompt",
         ),
     ),
     EMBEDDINGS: (
@@ -88,7 +89,7 @@ REQUESTS: Mapping[str, tuple[Any, Mapping[str, str]]] = {
 @pytest.mark.parametrize("path", REQUESTS)
 def test_every_field_has_a_decision(path):
     theirs, decisions = REQUESTS[path]
-    assert set(typing.get_type_hints(theirs)) == set(decisions)
+    assert set(typing.get_type_hints(theirs)) <= set(decisions)
 
 
 @pytest.mark.parametrize("path", REQUESTS)
@@ -137,11 +138,11 @@ NESTED: Mapping[str, tuple[Any, str]] = {
 def test_every_field_of_an_object_in_a_request_has_a_decision(name):
     """``test_every_field`` shows what these do."""
     theirs, names = NESTED[name]
-    assert sorted(typing.get_type_hints(theirs)) == names.split()
+    assert set(typing.get_type_hints(theirs)) <= set(names.split())
 
 
 def test_every_inclusion_has_a_decision():
-    assert set(typing.get_args(openai_types.ResponseIncludable)) == set(typing.get_args(Include))
+    assert set(typing.get_args(openai_types.ResponseIncludable)) <= set(typing.get_args(Include))
 
 
 def messages() -> Iterator[Any]:
@@ -151,7 +152,7 @@ def messages() -> Iterator[Any]:
 
 def test_every_field_of_a_message_has_a_decision():
     found = {name for each in messages() for name in typing.get_type_hints(each)}
-    assert sorted(found) == MESSAGE_FIELDS.split()
+    assert found <= set(MESSAGE_FIELDS.split())
 
 
 # --- what the served ones do ---------------------------------------------------------------------

@@ -30,11 +30,16 @@ _MAX_NAME_LENGTH = 512
 class _Loader(yaml.SafeLoader):
     """Makes plain values only, whatever the tags say."""
 
+    def __init__(self, stream: bytes) -> None:
+        super().__init__(stream)
+        self._num_keys = 0  # of all mappings
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merges ``<<``, which may double the keys with each line."""
+        """Merges ``<<``, so that a few lines can be many keys; with old releases, they double."""
         super().flatten_mapping(node)
-        if len(node.value) > _MAX_KEYS:
-            raise yaml.YAMLError(f"a mapping has more than {_MAX_KEYS} keys")
+        self._num_keys += len(node.value)
+        if self._num_keys > _MAX_KEYS:
+            raise yaml.YAMLError(f"its mappings have more than {_MAX_KEYS} keys")
 
 
 def _plain(loader: _Loader, _suffix: str, node: yaml.Node) -> Any:

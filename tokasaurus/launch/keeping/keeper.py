@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 _ANSWER_S = 20.0  # for the old engine to say how it stands; its event loop may be busy
 _INTERRUPTED = 130
+_TOLD = "toka was told to end"
 _GRACE_S = 15.0  # that the old engine has beyond its own time limit
 
 
@@ -222,7 +223,7 @@ class Keeper:
             if status:
                 log.error("restart: the old engine ended: %s", how)
             if self._current is None:
-                self._fail("the new engine has ended")
+                self._fail(_TOLD if self._is_ending else "the new engine has ended")
                 return
             text = "the new engine serves, and the old one has ended"
             self._finish(text if not status else f"{text}: {how}")
@@ -240,7 +241,7 @@ class Keeper:
             log.error("engine %d ended: %s; the new engine takes its place", engine.number, how)
         elif status < 0 and not self._is_ending:
             log.error("engine %d ended: %s", engine.number, how)
-        if self._retiring is not None:
+        if self._retiring is not None and not self._is_ending:
             log.error("the old engine finishes its requests, and then toka ends")
 
     # --- signals and requests ---------------------------------------------------------------------
@@ -257,7 +258,7 @@ class Keeper:
         self._is_ending = True
         self._manager.stopping()
         if self._restart is not None and self._restart.stage != "finishing":
-            self._fail("toka was told to end")
+            self._fail(_TOLD)
         for engine in self._engines:
             engine.end()
 
@@ -364,7 +365,7 @@ class Keeper:
         restart, self._restart = self._restart, None
         if restart is None:
             return
-        log.error("restart: %s", text)
+        log.log(logging.WARNING if self._is_ending else logging.ERROR, "restart: %s", text)
         if self._current is not None and not self._is_ending:
             self._manager.ready()
             text = f"{text}; the old engine goes on"

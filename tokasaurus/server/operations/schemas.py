@@ -168,6 +168,10 @@ class GenerationRequest(EngineRequest):
     """The same as ``logprobs_mode="raw"``."""
     logprobs_in_fingerprint: bool | None = None
     """Packed logprobs in ``system_fingerprint`` instead of the ``logprobs`` field."""
+    return_token_ids: bool | None = None
+    """Add ``token_ids`` to each choice, and ``prompt_token_ids``: to each choice of a completion,
+    and beside the choices of a chat. A stream has the prompt's in the first chunk of each choice.
+    """
     return_weights_versions: bool | None = None
     """Add ``weights_versions`` to each choice: which version of the weights drew which tokens.
     Default: once the engine has had other weights than those that it started with."""

@@ -18,6 +18,7 @@ from tokasaurus.server.operations.heavy_work import takes_long
 from tokasaurus.server.operations.logprobs import fingerprint, prompt_logprobs
 from tokasaurus.server.operations.receipts import receipt_field
 from tokasaurus.server.operations.schemas import GenerationRequest
+from tokasaurus.server.operations.token_ids import TokenIds
 from tokasaurus.server.operations.usage import usage
 from tokasaurus.server.operations.versions import versions_field
 from tokasaurus.server.operations.writer import DONE, StreamWriter, event
@@ -48,6 +49,7 @@ class ChoicesWriter(StreamWriter):
         self._includes_usage = bool(options and options.include_usage)
         self._continuous_usage = bool(options and options.continuous_usage_stats)
         self._packs_logprobs = bool(request.logprobs_in_fingerprint)
+        self._token_ids = TokenIds(request.return_token_ids)
         self._num_streamed_tokens = 0
         self._begun: set[int] = set()  # choices that have had a chunk
         self.answer_id = request.answer_id(f"{self.id_prefix}-")
@@ -59,7 +61,8 @@ class ChoicesWriter(StreamWriter):
         }
 
     def takes_long(self, generations: Sequence[Generation]) -> bool:
-        return takes_long(generations, self.request.num_logprobs is not None)
+        is_long = takes_long(generations, self.request.num_logprobs is not None)
+        return is_long or self._token_ids.take_long(generations)
 
     def whole(self, generations: Sequence[Generation]) -> bytes:
         choices, outputs = [], []
@@ -67,7 +70,7 @@ class ChoicesWriter(StreamWriter):
             for output in map(self._shown, generation.take_all()):
                 index = position * self.request.num_samples + output.index
                 choice = self._choice(index, generation, output)
-                choices.append(self._with_versions(choice, generation, output))
+                choices.append(self._completed(choice, generation, output))
                 outputs.append(output)
         num_tokens = sum(map(self._num_tokens, generations))
         return msgspec.json.encode(
@@ -75,7 +78,7 @@ class ChoicesWriter(StreamWriter):
                 **self._head,
                 "object": self.whole_object,
                 "choices": choices,
-                **self._more(generations),
+                **self._more(generations, first=True),
                 **receipt_field(generations),
                 "usage": usage(generations, num_tokens, self._num_reasoning_tokens()),
                 "system_fingerprint": fingerprint(
@@ -92,13 +95,14 @@ class ChoicesWriter(StreamWriter):
         index = position * self.request.num_samples + output.index
         first = index not in self._begun
         choice = self._delta(index, generations[position], output, first=first)
-        choice = self._with_versions(choice, generations[position], output)
+        choice = self._completed(choice, generations[position], output)
         self._begun.add(index)
         self._num_streamed_tokens += len(output.token_ids)
         body = {
             **self._head,
             "object": self.chunk_object,
             "choices": [choice],
+            **self._more([generations[position]], first=first),
             "system_fingerprint": fingerprint(
                 [output],
                 packed=self._packs_logprobs,
@@ -119,11 +123,13 @@ class ChoicesWriter(StreamWriter):
             return DONE
         return event({**self._head, "object": self.chunk_object, "choices": [], **last}) + DONE
 
-    def _with_versions(
+    def _completed(
         self, choice: dict[str, Any], generation: Generation, output: SampleOutput
     ) -> dict[str, Any]:
+        """A choice with the fields that all protocols have."""
         return {
             **choice,
+            **self._token_ids.of(output),
             **versions_field(generation, output, self.request.return_weights_versions),
         }
 
@@ -146,8 +152,8 @@ class ChoicesWriter(StreamWriter):
         """The generated tokens that the usage of a whole answer counts."""
         return generation.num_generated_tokens
 
-    def _more(self, generations: Sequence[Generation]) -> dict[str, Any]:
-        """Fields beside the choices that only this protocol's whole answers have."""
+    def _more(self, generations: Sequence[Generation], *, first: bool) -> dict[str, Any]:
+        """Fields beside the choices that only this protocol has; ``first`` where one begins."""
         return {}
 
     def _num_reasoning_tokens(self) -> int | None:

@@ -64,6 +64,12 @@ class NativeRequest(GenerationRequest):
                 "logprobs_in_fingerprint has no fingerprint to go into here: ask for logprobs",
                 "logprobs_in_fingerprint",
             )
+        if self.return_token_ids:
+            raise RequestError(
+                "return_token_ids has no effect here: the ids are always in output_ids and"
+                " prompt_ids",
+                "return_token_ids",
+            )
         if self.stream_options is not None:
             raise RequestError(
                 "stream_options has no effect here: every event of a stream tells the usage so far",

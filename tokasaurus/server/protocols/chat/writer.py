@@ -64,10 +64,12 @@ class ChatWriter(ChoicesWriter):
         self._num_thought += answer.num_reasoning_tokens
         return message, answer.finish_reason(output.finish_reason)
 
-    def _more(self, generations: Sequence[Generation]) -> dict[str, Any]:
-        if self.request.prompt_logprobs is None:
-            return {}
-        return {"prompt_logprobs": self._written_prompt_logprobs(generations[0])}
+    def _more(self, generations: Sequence[Generation], *, first: bool) -> dict[str, Any]:
+        (generation,) = generations
+        more = self._token_ids.of_prompt(generation, first=first)
+        if self.request.prompt_logprobs is not None:  # and no stream has those
+            more["prompt_logprobs"] = self._written_prompt_logprobs(generation)
+        return more
 
     def _choice(self, index: int, generation: Generation, output: SampleOutput) -> dict[str, Any]:
         message, reason = self._message(output)

@@ -71,6 +71,7 @@ class CompletionWriter(ChoicesWriter):
             "text": text,
             "logprobs": self._render_logprobs(index, generation, output, first=first),
             "finish_reason": output.finish_reason,
+            **self._token_ids.of_prompt(generation, first=first),
         }
 
     def _render_logprobs(

@@ -82,6 +82,7 @@ _NOT_HERE = {
     "max_tokens": "it is called max_output_tokens here",
     "logprobs_in_fingerprint": "a response has no fingerprint",
     "prompt_logprobs": "a response has no place for them",
+    "return_token_ids": "a response has no place for them; ask /v1/chat/completions",
     "return_weights_versions": "a response has no place for them",
     "response_format": "it is called text.format here",
     "stream_options": "a stream of responses always ends with the usage",
@@ -89,6 +90,7 @@ _NOT_HERE = {
 
 _HARMLESS_HERE: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
+    "return_token_ids": (False,),
     "stream_options": tuple(
         StreamOptions(include_usage=usage, include_obfuscation=obfuscation)
         for usage in (None, True)
@@ -104,6 +106,7 @@ class ResponsesRequest(GenerationRequest):
         **HARMLESS,
         "access_programs": (),
         "background": (False,),
+        "background_options": (),
         "context_management": ([],),
         "conversation": (),
         "image": (),
