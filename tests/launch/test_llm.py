@@ -128,13 +128,21 @@ def test_a_wrong_prompt_is_named_and_nothing_is_generated(llm):
     assert llm.generate("fine", GREEDY, use_tqdm=False)[0].finished
 
 
-def test_the_engine_is_usable_after_an_interrupt(llm):
+def test_the_engine_is_usable_after_an_interrupt(llm, monkeypatch):
     before = llm.generate("again", GREEDY, use_tqdm=False)[0].outputs
     endless = SamplingParams(max_tokens=400, n=20, ignore_eos=True)
-    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(["again"] * 20, endless, use_tqdm=False)
+    timers = [threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])]
+    step = llm._engine.step
+
+    def step_after_timer():
+        while timers:  # it begins when nothing but the engine can be interrupted
+            timers.pop().start()
+        step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._engine, "step", step_after_timer)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["again"] * 20, endless, use_tqdm=False)
     assert llm.generate("again", GREEDY, use_tqdm=False)[0].outputs == before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
