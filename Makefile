@@ -254,15 +254,15 @@ OLDEST_PYTEST := $(OLDEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist
                    --no-loadscope-reorder --durations 10
 # Whole engines, as most users see them.
 OLDEST_ENGINES := $(addprefix tests/,test_basic.py $(addprefix launch/,test_openai_client.py \
-                    test_structured_output.py test_embedding_parity.py test_llm.py) \
+                    test_structured_output.py test_embedding_parity.py test_llm.py test_lm_eval.py) \
                     batch/test_offline.py)
 
 $(OLDEST_STAMP): $(STAMP) tests/oldest_versions.py
 	@echo "==> installing lower bounds in $(OLDEST) (about two minutes)"
 	@test -x $(OLDEST)/bin/python || $(BIN)/python -m venv $(OLDEST)
-	@$(BIN)/python tests/oldest_versions.py s3 parquet otlp train > $(OLDEST)/constraints.txt
+	@$(BIN)/python tests/oldest_versions.py s3 parquet otlp train eval > $(OLDEST)/constraints.txt
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
-	    -c $(OLDEST)/constraints.txt -e '.[s3,parquet,otlp,train]' \
+	    -c $(OLDEST)/constraints.txt -e '.[s3,parquet,otlp,train,eval]' 'lm_eval[api]' \
 	    hypothesis jsonschema pytest pytest-timeout pytest-xdist \
 	    moto==5.2.5 flask==3.1.3 flask-cors==6.0.5
 	@touch $@

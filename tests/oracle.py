@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from checkpoints import TRANSFORMERS, rope_fields
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from tokasaurus.cartridge_training.distillation import cache_argument
 
 # The two best logits may come in either order if they are closer than this.
 TIE = 1e-5
@@ -56,6 +58,14 @@ def reference_logits(path: Path, prompt_ids: list[int], token_ids: list[int]) ->
     with torch.inference_mode():
         logits = model(torch.tensor([prompt_ids + token_ids])).logits[0]
     return logits[len(prompt_ids) - 1 : -1]
+
+
+def reference_cache(path: Path, ids: list[int]) -> DynamicCache:
+    """What transformers keeps of a text; each of its layers has keys and values."""
+    model, cache = reference_model(path), DynamicCache()
+    with torch.inference_mode():
+        model(torch.tensor([ids]), use_cache=True, **cache_argument(model, cache))
+    return cache
 
 
 def assert_greedy(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oracle import reference_model
+from oracle import reference_cache
 from safetensors.torch import save_file
 
 
@@ -15,8 +15,7 @@ def save_cartridge(model: Path, ids: list[int], path: Path) -> Path:
 
     A file whose name ends in .pt has the layout of trainers.
     """
-    with torch.inference_mode():
-        cache = reference_model(model)(torch.tensor([ids]), use_cache=True).past_key_values
+    cache = reference_cache(model, ids)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     if path.suffix == ".pt":

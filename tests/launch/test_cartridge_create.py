@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import ARCHITECTURES, BOS, make_checkpoint, make_tokenizer
-from oracle import reference_logits, reference_model
+from oracle import reference_cache, reference_logits, reference_model
 from rows import check_each, named
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -105,8 +105,7 @@ def test_a_created_cartridge_stands_for_the_text(text, models, tmp_path):
 
 def past(model: Path, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What transformers keeps of a text, for each layer [1, kv_heads, tokens, head_dim]."""
-    with torch.inference_mode():
-        cache = reference_model(model)(torch.tensor([ids]), use_cache=True).past_key_values
+    cache = reference_cache(model, ids)
     return [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
 
 

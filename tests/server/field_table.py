@@ -276,6 +276,7 @@ SCHEMAS: Mapping[Any, Place] = {
             "reasoning_content": Changes("hm"),
             "reasoning": Changes("hm"),
             "refusal": Changes("No."),
+            "type": Passes((None, "text"), "lm-evaluation-harness sends it before 0.4.12", "image"),
             "parsed": Passes((None, {"a": 1}), COMES_BACK),
         },
         lambda fields: in_chat(messages=[fields]),

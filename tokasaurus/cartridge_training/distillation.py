@@ -8,6 +8,7 @@ tokens, and all others together as one more.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ __all__ = [
     "Settings",
     "TrainableCartridge",
     "answer_logits",
+    "cache_argument",
     "distillation_loss",
     "train",
 ]
@@ -59,8 +61,9 @@ class TrainableCartridge(nn.Module):
     @torch.no_grad()
     def of_text(cls, model: Any, token_ids: Sequence[int], num_frozen: int) -> TrainableCartridge:
         """What a model computes for a text."""
-        ids = torch.tensor([list(token_ids)], device=model.device)
-        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+        ids, cache = torch.tensor([list(token_ids)], device=model.device), DynamicCache()
+        model.base_model(input_ids=ids, use_cache=True, **cache_argument(model, cache))
+        layers = cache.layers
         return cls([each.keys for each in layers], [each.values for each in layers], num_frozen)
 
     def whole(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -236,11 +239,20 @@ def answer_logits(
         input_ids=batch.ids,
         attention_mask=batch.mask,
         position_ids=torch.arange(past, past + length, device=model.device).expand(num_rows, -1),
-        past_key_values=cartridge.cache(num_rows),
         use_cache=True,
+        **cache_argument(model, cartridge.cache(num_rows)),
     ).last_hidden_state
     logits: Tensor = model.get_output_embeddings()(hidden.flatten(0, 1)[batch.positions])
     return logits.float()
+
+
+def cache_argument(model: Any, cache: DynamicCache) -> dict[str, DynamicCache]:
+    """The argument of a forward pass that reads a cache and adds to it.
+
+    transformers calls it ``cache`` since 5.24, and will forget the older name in 5.40.
+    """
+    names = inspect.signature(model.base_model.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def distillation_loss(logits: Tensor, conversations: Sequence[Conversation]) -> Tensor:

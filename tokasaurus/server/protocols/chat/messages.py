@@ -83,6 +83,8 @@ class ChatMessage(StrictSchema):
     """Another name of ``reasoning_content``."""
     refusal: str | None = None
     """What the assistant said instead of an answer; it follows the content."""
+    type: Literal["text"] | None = None
+    """As lm-evaluation-harness sends it before 0.4.12; changes nothing."""
     parsed: Any = None
     """The content once more, as the openai client's ``stream`` and ``parse`` decode it."""
 
