@@ -87,7 +87,7 @@ def test_logprobs_are_those_that_transformers_computes_of_the_same_tokens(engine
 
     async def work(server):
         asks = [
-            server.generate(prompt, params, f"{number}-{k}")
+            server.generate(prompt, {**params, "seed": k}, f"{number}-{k}")
             for number, params in enumerate(asked)
             for k, prompt in enumerate(PROMPTS)
         ]
