@@ -12,6 +12,7 @@ from rows import check_each
 
 from tokasaurus.cartridges.sources import transfer
 from tokasaurus.cartridges.sources.http import HttpSource
+from tokasaurus.errors import RequestError, SourceUnavailable
 
 DATA = b"the file" * 100
 
@@ -160,6 +161,22 @@ def test_redirects_are_followed_to_allowed_hosts_only(server, elsewhere, asking)
     assert "redirects more than 5 times" in asking(failure, f"{server.url}/loop")
     assert "redirects from http to file" in asking(failure, f"{server.url}/file")
     assert "redirects to no valid URL" in asking(failure, f"{server.url}/broken")
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "http://[::", "http://127.0.0.2/c.pt"])
+def test_refused_redirects_hold_no_connection(server, tmp_path, location):
+    """The client opens 100 at most."""
+    server.answers["/file"] = Answer(status=302, headers={"Location": location})
+    server.answers["/c.pt"] = Answer(DATA)
+
+    async def ask(http):
+        source = HttpSource(http, ("127.0.0.1",), 10_000)
+        for _ in range(101):
+            with pytest.raises((RequestError, SourceUnavailable), match=r"redirects|not a host"):
+                await fetch(source, f"{server.url}/file", tmp_path)
+        return await fetch(source, f"{server.url}/c.pt", tmp_path)
+
+    assert with_http(ask).data == DATA
 
 
 def test_ids_that_are_no_urls_are_refused(asking):

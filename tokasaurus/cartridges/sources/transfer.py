@@ -210,14 +210,17 @@ class Http:
                 answer = await self._client.send(request, stream=True)
             except httpx2.InvalidURL:
                 raise errors.unavailable(f"{request.url.host} redirects to no valid URL") from None
-            if answer.status_code in fallback and request.method == "HEAD":
-                following = self._follow(request, "GET", request.url)
-            elif answer.status_code in _REDIRECTS and request.method != "POST":
-                following = self._redirected(request, answer, errors)
-            else:
+            falls_back = answer.status_code in fallback and request.method == "HEAD"
+            redirects = answer.status_code in _REDIRECTS and request.method != "POST"
+            if not falls_back and not redirects:
                 return answer
-            await answer.aclose()
-            request = following
+            try:
+                if falls_back:
+                    request = self._follow(request, "GET", request.url)
+                else:
+                    request = self._redirected(request, answer, errors)
+            finally:
+                await answer.aclose()
         raise errors.unavailable(f"it redirects more than {_MAX_REDIRECTS} times")
 
     async def save(
