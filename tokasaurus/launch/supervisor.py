@@ -2,11 +2,11 @@
 
 ::
 
-    toka ─┬─ server   (in the foreground of toka itself, unless local_proc_name says otherwise)
-          ├─ manager
-          ├─ worker
-          ├─ managers and workers of further replicas
-          └─ HTTP processes, if there are several server processes
+    engine ─┬─ server   (in the engine's own process, unless local_proc_name says otherwise)
+            ├─ manager
+            ├─ worker
+            ├─ managers and workers of further replicas
+            └─ HTTP processes, if there are several server processes
 
 One thread watches the lifelines; the foreground role has the main thread. A replica that loses a
 process is started again, unless it is the only one: then the engine ends. An HTTP process that ends
