@@ -6,7 +6,8 @@ the other parts go on. What it prints comes when it has ended, in one piece.
 
     python gpu_jobs.py JOB OUTCOME
 
-runs the job that the file JOB holds.
+runs the job that the file JOB holds. Both files are pickled, which engines never do: here both ends
+are this program, and the directory of the files is private to it.
 """
 
 from __future__ import annotations
